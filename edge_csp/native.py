@@ -1,0 +1,211 @@
+"""ctypes of the fork's C API, `native/include/llama-csp.h`: arrays in, arrays out, status codes as `NativeError`.
+
+Shapes are row-major as in the header; a class or function here adds no behaviour of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_csp.errors import NativeError
+
+MODALITY_AUTO = -1
+TEXT, IMAGE, AUDIO = 0, 1, 2
+
+
+class Params(ctypes.Structure):
+    """struct llama_csp_params"""
+
+    _fields_ = [("n_window", ctypes.c_int32), ("n_modality", ctypes.c_int32)]
+
+
+class Info(ctypes.Structure):
+    """struct llama_csp_info"""
+
+    _fields_ = [
+        (name, ctypes.c_int32)
+        for name in ("n_layer", "n_head", "n_head_kv", "n_modality", "n_cell_max", "n_cell", "n_kept", "n_window")
+    ]
+
+    n_layer: int
+    n_head: int
+    n_head_kv: int
+    n_modality: int
+    n_cell_max: int
+    n_cell: int
+    n_kept: int
+    n_window: int
+
+
+class SelectParams(ctypes.Structure):
+    """struct llama_csp_select_params"""
+
+    _fields_ = [(name, ctypes.c_int32) for name in ("k_self", "k_cross", "n_recent", "n_sink")]
+
+
+_csp_p = ctypes.c_void_p
+_f32_p = ctypes.POINTER(ctypes.c_float)
+_i32_p = ctypes.POINTER(ctypes.c_int32)
+_u8_p = ctypes.POINTER(ctypes.c_uint8)
+
+# name -> (result, arguments), in the order of the header; tests compare this table with the header
+PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
+    "llama_csp_default_params": (Params, []),
+    "llama_csp_init": (ctypes.c_int32, [ctypes.c_void_p, Params, ctypes.POINTER(_csp_p)]),
+    "llama_csp_free": (None, [_csp_p]),
+    "llama_csp_last_error": (ctypes.c_char_p, []),
+    "llama_csp_get_info": (ctypes.c_int32, [_csp_p, ctypes.POINTER(Info)]),
+    "llama_csp_set_modality": (ctypes.c_int32, [_csp_p, ctypes.c_int32]),
+    "llama_csp_set_softmax_n": (ctypes.c_int32, [_csp_p, _f32_p, ctypes.c_size_t]),
+    "llama_csp_scores": (ctypes.c_int32, [_csp_p, ctypes.c_int32, ctypes.c_float, _f32_p, ctypes.c_size_t]),
+    "llama_csp_select": (ctypes.c_int32, [_csp_p, SelectParams, _f32_p, _u8_p, _i32_p, ctypes.c_size_t]),
+    "llama_csp_keep": (ctypes.c_int32, [_csp_p, _i32_p, ctypes.c_int32]),
+    "llama_csp_cells": (ctypes.c_int32, [_csp_p, _i32_p, _u8_p, ctypes.c_size_t]),
+    "llama_csp_state_get_size": (ctypes.c_size_t, [_csp_p]),
+    "llama_csp_state_get_data": (ctypes.c_size_t, [_csp_p, _u8_p, ctypes.c_size_t]),
+    "llama_csp_state_set_data": (ctypes.c_int32, [_csp_p, _u8_p, ctypes.c_size_t]),
+}
+
+_functions: dict[str, Callable[..., Any]] = {}
+
+
+def _call(name: str, *args: Any) -> Any:
+    """Call a function of the fork; the library is loaded at the first call."""
+    if not _functions:
+        from llama_cpp import llama_cpp
+
+        library: ctypes.CDLL = llama_cpp._lib
+        for function_name, (restype, argtypes) in PROTOTYPES.items():
+            try:
+                function = getattr(library, function_name)
+            except AttributeError:
+                message = (
+                    f"llama-cpp-python {_llama_cpp_version()} is not the edge-csp fork ({function_name} is missing)"
+                )
+                raise NativeError(f"{message}: install it with `pip install ./native`", status=0) from None
+            function.restype, function.argtypes = restype, argtypes
+            _functions[function_name] = function
+    return _functions[name](*args)
+
+
+def _llama_cpp_version() -> str:
+    import llama_cpp
+
+    return llama_cpp.__version__
+
+
+def _check(status: int) -> None:
+    if status != 0:
+        message: bytes = _call("llama_csp_last_error")
+        raise NativeError(message.decode(errors="replace"), status=status)
+
+
+def _pointer(array: NDArray[Any], kind: Any) -> Any:
+    return array.ctypes.data_as(kind)
+
+
+@dataclass
+class Csp:
+    """A `llama_csp` attached to a llama_context; free it (`close`) before the context.
+
+    Raises NativeError with the status and the reason wherever the C function refuses.
+    """
+
+    _handle: ctypes.c_void_p
+
+    @classmethod
+    def attach(cls, context: Any, *, n_window: int = 32, n_modality: int = 3) -> Csp:
+        """Attach to a llama_context pointer. `n_window` queries per layer vote; they are recorded from now on."""
+        handle = _csp_p()
+        _check(_call("llama_csp_init", context, Params(n_window, n_modality), ctypes.byref(handle)))
+        return cls(handle)
+
+    def close(self) -> None:
+        """Detach; a second call does nothing."""
+        _call("llama_csp_free", self._handle)
+        self._handle = ctypes.c_void_p()
+
+    def info(self) -> Info:
+        info = Info()
+        _check(_call("llama_csp_get_info", self._handle, ctypes.byref(info)))
+        return info
+
+    def set_modality(self, modality: int) -> None:
+        """Tag of the cells that later decodes fill; MODALITY_AUTO: tokens are text, embeddings are images."""
+        _check(_call("llama_csp_set_modality", self._handle, modality))
+
+    def set_softmax_n(self, softmax_n: float | NDArray[np.float32]) -> None:
+        """n of the softmax in attention: one for all heads, or f32 [n_layer, n_head]."""
+        values = np.ascontiguousarray(softmax_n, np.float32)
+        _check(_call("llama_csp_set_softmax_n", self._handle, _pointer(values, _f32_p), values.size))
+
+    def scores(self, n_obs: int, softmax_n: float = 1.0) -> NDArray[np.float32]:
+        """Attention mass per modality of the query, f32 [n_layer, n_head_kv, n_modality, n_cell]."""
+        info = self.info()
+        scores = np.empty((info.n_layer, info.n_head_kv, info.n_modality, info.n_cell), np.float32)
+        _check(_call("llama_csp_scores", self._handle, n_obs, softmax_n, _pointer(scores, _f32_p), scores.size))
+        return scores
+
+    def select(
+        self,
+        scores: NDArray[np.float32],
+        *,
+        k_self: int,
+        k_cross: int,
+        n_recent: int,
+        n_sink: int = 0,
+        pinned: NDArray[np.bool_] | None = None,
+    ) -> NDArray[np.int32]:
+        """The CSP rule of the header: cells i32 [n_layer, n_head_kv, n_keep], ascending.
+
+        scores f32 [n_layer, n_head_kv, n_modality, n_cell], pinned bool [n_layer, n_head_kv, n_cell].
+        """
+        info = self.info()
+        shape = (info.n_layer, info.n_head_kv, info.n_modality, info.n_cell)
+        if scores.shape != shape:
+            raise ValueError(f"scores have shape {scores.shape}, needed is {shape}")
+        mask = None
+        if pinned is not None:
+            mask = np.ascontiguousarray(np.broadcast_to(pinned, shape[:2] + shape[3:]), np.uint8)
+        scores = np.ascontiguousarray(scores, np.float32)
+        n_keep = max(min(info.n_cell, k_self + k_cross + n_recent), 0)
+        cells = np.empty((info.n_layer, info.n_head_kv, n_keep), np.int32)
+        params = SelectParams(k_self, k_cross, n_recent, n_sink)
+        pinned_p = None if mask is None else _pointer(mask, _u8_p)
+        pointers = _pointer(scores, _f32_p), pinned_p, _pointer(cells, _i32_p)
+        _check(_call("llama_csp_select", self._handle, params, *pointers, cells.size))
+        return cells
+
+    def keep(self, cells: NDArray[np.int32]) -> None:
+        """Keep cells i32 [n_layer, n_head_kv, n_keep]: ascending rows that end with the last cell."""
+        info = self.info()
+        if cells.ndim != 3 or cells.shape[:2] != (info.n_layer, info.n_head_kv):
+            raise ValueError(f"cells have shape {cells.shape}, needed is ({info.n_layer}, {info.n_head_kv}, n_keep)")
+        cells = np.ascontiguousarray(cells, np.int32)
+        _check(_call("llama_csp_keep", self._handle, _pointer(cells, _i32_p), cells.shape[2]))
+
+    def cells(self) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        """True position i32 and tag u8 of the token in every cell, both [n_layer, n_head_kv, n_cell]."""
+        info = self.info()
+        pos = np.empty((info.n_layer, info.n_head_kv, info.n_cell), np.int32)
+        tag = np.empty(pos.shape, np.uint8)
+        _check(_call("llama_csp_cells", self._handle, _pointer(pos, _i32_p), _pointer(tag, _u8_p), pos.size))
+        return pos, tag
+
+    def state(self) -> bytes:
+        """Positions and tags, to be stored beside the state of the sequence."""
+        data = np.empty(_call("llama_csp_state_get_size", self._handle), np.uint8)
+        if _call("llama_csp_state_get_data", self._handle, _pointer(data, _u8_p), data.size) == 0:
+            _check(-1)
+        return data.tobytes()
+
+    def set_state(self, state: bytes) -> None:
+        """Restore what `state` returned, after the state of the sequence has been restored."""
+        data = np.frombuffer(state, np.uint8)
+        _check(_call("llama_csp_state_set_data", self._handle, _pointer(data, _u8_p), data.size))
