@@ -13,6 +13,7 @@ __all__ = [
     "ModelError",
     "NativeError",
     "PolicyError",
+    "SamplingError",
     "TemplateError",
 ]
 
@@ -53,8 +54,12 @@ class TemplateError(EdgeCspError):
     """A chat template is damaged, refuses the messages, or loses a picture."""
 
 
-class PolicyError(EdgeCspError):
-    """A pruning policy is unknown or cannot be used with these settings."""
+class PolicyError(EdgeCspError, ValueError):
+    """A pruning policy is unknown, or cannot be used with these settings or cells."""
+
+
+class SamplingError(EdgeCspError):
+    """A sampling setting is out of range, or a grammar or JSON schema cannot be used."""
 
 
 class NativeError(EdgeCspError):

@@ -1,11 +1,13 @@
 """ctypes of the fork's C API, `native/include/llama-csp.h`: arrays in, arrays out, status codes as `NativeError`.
 
-Shapes are row-major as in the header; a class or function here adds no behaviour of its own.
+Shapes are row-major as in the header; `Csp` adds no behaviour of its own.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +75,39 @@ PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
 }
 
 _functions: dict[str, Callable[..., Any]] = {}
+_log_errors: deque[str] = deque(maxlen=4)
+_log_callback: Any = None
+
+
+def silence_logs() -> None:
+    """Keep llama.cpp and libmtmd from writing to stderr; the last errors are kept for messages.
+
+    The environment variable EDGE_CSP_LOG=1 leaves the log on.
+    """
+    global _log_callback
+    if _log_callback is not None or os.environ.get("EDGE_CSP_LOG") == "1":
+        return
+    import llama_cpp
+    from llama_cpp import mtmd_cpp
+
+    level = 0
+
+    def collect(new_level: int, text: bytes, _user_data: Any) -> None:
+        nonlocal level
+        if new_level != 5:  # GGML_LOG_LEVEL_CONT goes on with the line before
+            level = new_level
+        line = text.decode(errors="replace").strip()
+        if level == 4 and line:  # GGML_LOG_LEVEL_ERROR
+            _log_errors.append(line)
+
+    _log_callback = llama_cpp.llama_log_callback(collect)
+    for set_log in (llama_cpp.llama_log_set, mtmd_cpp.mtmd_log_set, mtmd_cpp.mtmd_helper_log_set):
+        set_log(_log_callback, ctypes.c_void_p(0))
+
+
+def last_log_error() -> str:
+    """The most telling of the last errors that llama.cpp logged, for a message of ours."""
+    return _log_errors[0] if _log_errors else "no reason given"
 
 
 def _call(name: str, *args: Any) -> Any:

@@ -1,0 +1,213 @@
+"""A llama_context with one sequence: evaluate tokens and pictures, observe the cells, keep some of them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_csp import native
+from edge_csp.errors import ContextError, ModelError, NativeError
+from edge_csp.model import PicturePart, Progress, VisionModel
+from edge_csp.policy import Observation
+
+KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
+"""Cache types by their ggml number."""
+FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}
+
+
+class Context:
+    """The KV cache of one conversation. Not thread-safe; close it before its model."""
+
+    def __init__(
+        self,
+        model: VisionModel,
+        *,
+        n_ctx: int = 4096,
+        n_batch: int = 512,
+        type_k: str = "f16",
+        type_v: str = "f16",
+        flash_attn: str = "auto",
+        n_window: int = 32,
+        softmax_n: float = 0.0,
+        prune: bool = True,
+    ) -> None:
+        """Allocate a cache of n_ctx cells (0: the context the model was trained on).
+
+        n_batch: tokens evaluated at once. flash_attn: "on", "off" or "auto"; "auto" is off where the cache is in host
+        memory and of a plain type, because llama.cpp is faster without it there. n_window: queries that vote.
+        softmax_n: n of the softmax in attention itself. prune: False leaves the context as upstream makes it.
+
+        Raises NativeError if the model's cache cannot be pruned, ContextError if n_ctx is too small or large.
+        """
+        import llama_cpp
+
+        n_ctx = n_ctx or model.info.n_ctx_train
+        if n_ctx < 1:
+            raise ContextError(f"context size is {n_ctx} cells; it must be at least 1, or 0 for the trained size")
+        for name, value, known in (("K", type_k, KV_TYPES), ("V", type_v, KV_TYPES), ("", flash_attn, FLASH_ATTN)):
+            if value not in known:
+                what = f"{name} cache type" if name else "flash attention"
+                raise ContextError(f"{what} {value!r} is unknown: use {', '.join(known)}")
+        self.model = model
+        self.n_batch = n_batch
+        self.type_k, self.type_v = type_k, type_v
+        self.flash_attn = _choose_flash_attn(flash_attn, type_v)
+        self.csp: native.Csp | None = None
+        self.n_past = 0
+        """Position of the next token."""
+
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, n_batch, n_batch, 1
+        params.n_threads = params.n_threads_batch = model.n_threads
+        params.type_k, params.type_v = KV_TYPES[type_k], KV_TYPES[type_v]
+        params.flash_attn_type = FLASH_ATTN[self.flash_attn]
+        self._llama: Any = llama_cpp.llama_init_from_model(model.handle, params)
+        if not self._llama:
+            raise ContextError(
+                f"no context of {n_ctx} cells, K {type_k}, V {type_v}, flash attention {self.flash_attn}: "
+                f"{native.last_log_error()}"
+            )
+        self.n_ctx = int(llama_cpp.llama_n_ctx(self._llama))
+        try:
+            if prune:
+                self.csp = native.Csp.attach(self._llama, n_window=min(n_window, self.n_ctx))
+                if softmax_n:
+                    self.csp.set_softmax_n(softmax_n)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def handle(self) -> Any:
+        """The llama_context pointer."""
+        return self._llama
+
+    @property
+    def _memory(self) -> Any:
+        import llama_cpp
+
+        return llama_cpp.llama_get_memory(self._llama)
+
+    def decode_tokens(self, tokens: Sequence[int]) -> None:
+        """Evaluate text tokens, at most n_batch; the logits of the last one can be sampled afterwards.
+
+        Raises ContextError if no cells are free; nothing has been evaluated then.
+        """
+        import llama_cpp
+
+        n = len(tokens)
+        seq_id = (ctypes.c_int32 * 1)(0)
+        batch: Any = llama_cpp.llama_batch()
+        batch.n_tokens = n
+        batch.token = (ctypes.c_int32 * n)(*tokens)
+        batch.pos = (ctypes.c_int32 * n)(*range(self.n_past, self.n_past + n))
+        batch.n_seq_id = (ctypes.c_int32 * n)(*[1] * n)
+        batch.seq_id = (ctypes.POINTER(ctypes.c_int32) * n)(*[seq_id] * n)
+        batch.logits = (ctypes.c_int8 * n)(*[0] * (n - 1), 1)
+        self._check(llama_cpp.llama_decode(self._llama, batch))
+        self.n_past += n
+
+    def decode_picture(self, part: PicturePart, embeddings: NDArray[np.float32]) -> None:
+        """Evaluate the embeddings of a picture, f32 [n_cell, n_embd_inp], as VisionModel.encode() makes them.
+
+        Raises ContextError if no cells are free; nothing has been evaluated then.
+        """
+        from llama_cpp import mtmd_cpp
+
+        data = embeddings.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        n_past = ctypes.c_int32()
+        no_callback = mtmd_cpp.mtmd_helper_post_decode_callback()
+        try:
+            self._check(
+                mtmd_cpp.mtmd_helper_decode_image_chunk(
+                    self.model.mtmd_handle, self._llama, part.chunk, data, self.n_past, 0, self.n_batch,
+                    ctypes.byref(n_past), no_callback, None,
+                )
+            )  # fmt: skip
+        except (ContextError, NativeError):
+            self.truncate(self.n_past)
+            raise
+        self.n_past += part.n_pos
+
+    def _check(self, status: int) -> None:
+        if status == 1:
+            raise ContextError(f"the cache is full: {self.n_ctx} cells")
+        if status != 0:
+            raise NativeError(f"llama.cpp failed to evaluate: {native.last_log_error()}", status=status)
+
+    @property
+    def n_cell(self) -> int:
+        """Cells in use; without pruning, an upper bound (positions)."""
+        return self.csp.info().n_cell if self.csp else self.n_past
+
+    def truncate(self, n_past: int) -> bool:
+        """Forget everything from position n_past on. False, and nothing happens, if that cuts into pruned cells."""
+        import llama_cpp
+
+        if not llama_cpp.llama_memory_seq_rm(self._memory, 0, n_past, -1):
+            return False
+        self.n_past = n_past
+        return True
+
+    def clear(self) -> None:
+        """Forget everything."""
+        import llama_cpp
+
+        llama_cpp.llama_memory_clear(self._memory, False)
+        self.n_past = 0
+
+    def observe(self, *, n_obs: int, softmax_n: float, with_scores: bool = True) -> Observation:
+        """What the last n_obs queries looked at; `with_scores=False` gives zeros and costs nothing."""
+        csp = self._csp()
+        pos, tag = csp.cells()
+        if with_scores:
+            scores = csp.scores(n_obs, softmax_n)
+        else:
+            n_modality = csp.info().n_modality
+            n_layer, n_head_kv, n_cell = tag.shape
+            scores = np.zeros((n_layer, n_head_kv, n_modality, n_cell), np.float32)
+        return Observation(scores, tag, pos)
+
+    def keep(self, cells: NDArray[np.int32]) -> None:
+        """Keep cells i32 [n_layer, n_head_kv, n_keep], see native.Csp.keep()."""
+        self._csp().keep(cells)
+
+    def cells(self) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        """True position i32 and modality u8 of every cell, [n_layer, n_head_kv, n_cell]."""
+        return self._csp().cells()
+
+    def _csp(self) -> native.Csp:
+        if self.csp is None:
+            raise ModelError(f"{self.model.info.path}: the context was opened without pruning")
+        return self.csp
+
+    def close(self) -> None:
+        """Free the context. A second call does nothing."""
+        import llama_cpp
+
+        if self.csp:
+            self.csp.close()
+        if self._llama:
+            llama_cpp.llama_free(self._llama)
+        self.csp = self._llama = None
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _choose_flash_attn(flash_attn: str, type_v: str) -> str:
+    import llama_cpp
+
+    if flash_attn != "auto" or llama_cpp.llama_supports_gpu_offload():
+        return flash_attn
+    return "off" if type_v in ("f32", "f16", "bf16") else "on"

@@ -1,0 +1,236 @@
+"""Chat templates: rendering, pictures, hostile templates and messages."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_csp.chat import FALLBACK_TEMPLATE, MEDIA_MARKER, ChatTemplate
+from edge_csp.errors import TemplateError
+from edge_csp.metadata import read_info
+
+CHATML = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}
+"""
+# Takes lists of parts only, as those of SmolVLM and Idefics do.
+TYPED = (
+    "<s>{% for m in messages %}{{ m.role | capitalize }}{{ ':' if m.content[0].type == 'image' else ': ' }}"
+    "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% else %}<image>{% endif %}{% endfor %}"
+    "<end>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+# Takes both, as those of Qwen2-VL do.
+BOTH = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{% if part.type == 'image' %}<img>{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    "{% endif %}</>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+# Allows no system role, and alternating turns only, as those of Gemma and Mistral do.
+STRICT = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must\nalternate') }}{% endif %}"
+    "[{{ m.role }}] {{ m.content | trim }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"
+)
+TEMPLATES = [CHATML, TYPED, BOTH, STRICT, None]
+PICTURE = {"type": "image"}
+
+
+def text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+def user(*parts: Any) -> dict[str, Any]:
+    return {"role": "user", "content": parts[0] if len(parts) == 1 and isinstance(parts[0], str) else list(parts)}
+
+
+def assistant(words: str) -> dict[str, str]:
+    return {"role": "assistant", "content": words}
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (CHATML, "<|im_start|>user\n<__media__>What?<|im_end|>\n<|im_start|>assistant\n"),
+        (TYPED, "<s>User: <__media__>What?<end>\nAssistant:"),
+        (BOTH, "<user><__media__>What?</><assistant>"),
+        (STRICT, "[user] <__media__>What?"),
+        (None, "USER: <__media__>What?\nASSISTANT:"),
+    ],
+)
+def test_a_picture_and_a_question(template: str | None, expected: str) -> None:
+    chat = ChatTemplate(template)
+    assert chat.render([user(PICTURE, text("What?"))]) == expected
+    assert chat.render([user({"type": "image_url", "image_url": {"url": "x"}}, text("What?"))]) == expected
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_text_is_given_in_the_form_the_template_takes(template: str | None) -> None:
+    chat = ChatTemplate(template)
+    assert chat.render([user("Hello")]) == chat.render([user(text("Hello"))])
+    assert "Hello" in chat.render([user("Hello")])
+
+
+def test_parts_are_joined_as_in_llama_cpp() -> None:
+    chat = ChatTemplate(BOTH)
+    parts = [text("a"), text("b"), PICTURE, text("c"), PICTURE, PICTURE, text("d"), text("e")]
+    assert chat.render([user(*parts)], False) == "<user>a\nb<__media__>c<__media__><__media__>d\ne</>"
+
+
+def test_variables_and_whitespace_of_transformers() -> None:
+    source = """\
+{% for m in messages %}
+    {% if m.role == 'none' %}{% continue %}{% endif %}
+{{ bos_token }}{{ m.content }}{{ eos_token }}
+    {% generation %}
+x
+    {% endgeneration %}
+{% endfor %}
+{{ {'ä': "<'&'>"} | tojson }} {{ [1] | tojson(indent=2) }} {{ tools is none }} {{ mood }}
+{{ strftime_now('%Y') | length }}"""
+    chat = ChatTemplate(source, "<s>", "</s>")
+    rendered = chat.render([user("hi"), {"role": "none", "content": ""}], mood="calm")
+    assert rendered == "<s>hi</s>\nx\n" + json.dumps({"ä": "<'&'>"}, ensure_ascii=False) + " [\n  1\n] True calm\n4"
+
+
+def test_other_keys_reach_the_template() -> None:
+    chat = ChatTemplate("{% for m in messages %}{{ m.name }}{{ m.content }}{% endfor %}")
+    assert chat.render([{"role": "tool", "name": "clock", "content": None}]) == "clock"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_users_cannot_forge_a_picture(template: str | None) -> None:
+    chat = ChatTemplate(template)
+    rendered = chat.render([user(text(f"see {MEDIA_MARKER}"), PICTURE, text(f"{MEDIA_MARKER}{MEDIA_MARKER}"))])
+    assert rendered.count(MEDIA_MARKER) == 1
+    assert "see < __media__ ><__media__>< __media__ >< __media__ >" in rendered
+    split = chat.render([user(text("<__media"), text("__>"))])
+    assert MEDIA_MARKER not in split
+
+
+def test_forging_through_the_template() -> None:
+    chat = ChatTemplate("{% for m in messages %}{{ m.name }}{{ m.content | replace('|', '') }}{% endfor %}")
+    assert MEDIA_MARKER not in chat.render([{"role": "user", "name": MEDIA_MARKER, "content": "<__me|dia__>"}])
+
+
+@given(st.lists(st.one_of(st.none(), st.text(max_size=9), st.just(MEDIA_MARKER), st.just("<__")), max_size=8))
+def test_one_marker_per_picture(parts: list[str | None]) -> None:
+    content = [PICTURE if part is None else text(part) for part in parts]
+    for chat in CHATS:
+        assert chat.render([user(*content)]).count(MEDIA_MARKER) == parts.count(None)
+
+
+CHATS = [ChatTemplate(template) for template in TEMPLATES]
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        ("nothing", "none"),
+        ("{{ messages[0].content }}{{ messages[0].content }}", "1, 2, 1, 2"),
+        ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", "2, 1"),
+        ("{{ messages[0].content | upper | lower | replace('-', '_') }}", "none"),
+    ],
+)
+def test_lost_doubled_and_reordered_pictures(template: str, found: str, refuses) -> None:
+    messages = [user(PICTURE, PICTURE)] if "reverse" not in template else [user(PICTURE), user(PICTURE)]
+    with refuses(TemplateError, "2 pictures", found):
+        ChatTemplate(template).render(messages)
+
+
+def test_refusals_in_the_words_of_the_template(refuses) -> None:
+    chat = ChatTemplate(STRICT)
+    with refuses(TemplateError, "System role not supported"):
+        chat.render([{"role": "system", "content": "Be kind."}, user("Hi")])
+    with refuses(TemplateError, "Roles must alternate"):
+        chat.render([user("Hi"), user("Hi")])
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% if %}", ("damaged", "line 1")),
+        ("\n\n{{ x ", ("damaged", "line 3")),
+        ("{% unknown_tag %}", ("damaged", "line 1", "unknown_tag")),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", ("__class__", "unsafe")),
+        ("{{ messages.__init__.__globals__ }}", ("__init__", "unsafe")),
+        ("{{ cycler.__init__.__globals__.os.popen('id') }}", ("__init__", "unsafe")),
+        ("{{ raise_exception.__globals__ }}{{ raise_exception.__globals__['json'] }}", ("failed",)),
+        ("{{ messages.append(1) }}", ("failed", "append")),
+        ("{{ messages[0].update(role='x') }}", ("failed", "update")),
+        ("{% for i in range(10**9) %}x{% endfor %}", ("failed", "Range too big")),
+        ("{{ 1 // 0 }}", ("failed", "division")),
+        ("{{ messages[7].content + 'x' }}", ("failed",)),
+        ("{% include '/etc/passwd' %}", ("failed",)),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", ("failed", "recursion")),
+    ],
+)
+def test_bad_templates(template: str, words: tuple[str, ...], refuses) -> None:
+    with refuses(TemplateError, "chat template", *words):
+        ChatTemplate(template).render([user("Hi")])
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ("hello", ("str", "mapping")),
+        ({"content": "x"}, ("role", "None")),
+        ({"role": 5, "content": "x"}, ("role", "5")),
+        ({"role": "user", "content": 7}, ("user", "neither text nor a list")),
+        ({"role": "user", "content": ["x"]}, ("user", "None")),
+        ({"role": "user", "content": [{"type": "video"}]}, ("user", "'video'")),
+        ({"role": "user", "content": [{"type": "text"}]}, ("user", "'text'")),
+    ],
+)
+def test_malformed_messages(message: Any, words: tuple[str, ...], refuses) -> None:
+    with refuses(TemplateError, *words):
+        ChatTemplate(CHATML).render([message])
+
+
+def test_fallback_is_announced() -> None:
+    chat = ChatTemplate(None, eos_token="</s>")
+    assert chat.is_fallback
+    assert "no chat template" in str(chat.notice)
+    assert ChatTemplate(FALLBACK_TEMPLATE).notice is None
+    messages = [{"role": "system", "content": "Be kind."}, user("Hi"), assistant("Hello."), user("Bye")]
+    assert chat.render(messages) == "Be kind.\n\nUSER: Hi\nASSISTANT: Hello.</s>\nUSER: Bye\nASSISTANT:"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_turns_extend_each_other(template: str | None) -> None:
+    chat = ChatTemplate(template, "<s>", "</s>")
+    messages = [user(PICTURE, text("What?"))]
+    rendered = chat.render(messages)
+    for turn in range(3):
+        messages += [assistant(f"Answer {turn}."), user(text(f"Question {turn}"), PICTURE)]
+        delta = chat.delta(rendered, messages)
+        assert delta is not None
+        assert delta.count(MEDIA_MARKER) == 1
+        assert f"Answer {turn}." in delta
+        rendered += delta
+    assert rendered == chat.render(messages)
+
+
+def test_delta_of_a_changed_past() -> None:
+    chat = ChatTemplate(CHATML)
+    assert chat.delta(chat.render([user("Hi")]), [user("Ho")]) is None
+    drops_thoughts = (
+        "{% for m in messages %}{{ m.content.split('</think>')[-1] if not loop.last else m.content }}{% endfor %}"
+    )
+    chat = ChatTemplate(drops_thoughts)
+    first = [user("Q"), assistant("hm</think>A")]
+    assert chat.delta(chat.render(first), [*first, user("R")]) is None
+    assert chat.delta("Q", [user("Q")]) == ""
+
+
+def test_real_template(shared) -> None:
+    info = read_info(shared / "models" / "bootstrap-text-f16.gguf")
+    chat = ChatTemplate(info.chat_template, info.bos_token, info.eos_token)
+    content = user(text("#1 jon:"), PICTURE, text("digit #1?"))
+    assert chat.render([content]) == "<|bos|><|user|>#1 jon:<__media__>digit #1?<|assistant|>"
