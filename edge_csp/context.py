@@ -101,7 +101,7 @@ class Context:
         import llama_cpp
 
         n = len(tokens)
-        seq_id = (ctypes.c_int32 * 1)(0)
+        seq_id = ctypes.pointer(ctypes.c_int32(0))
         batch: Any = llama_cpp.llama_batch()
         batch.n_tokens = n
         batch.token = (ctypes.c_int32 * n)(*tokens)

@@ -132,7 +132,7 @@ def _call(name: str, *args: Any) -> Any:
 def _llama_cpp_version() -> str:
     import llama_cpp
 
-    return llama_cpp.__version__
+    return str(llama_cpp.__version__)
 
 
 def _check(status: int) -> None:

@@ -11,18 +11,20 @@ from __future__ import annotations
 import codecs
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edge_csp.budget import Budget, kv_bytes_per_cell, protected_cells
+from edge_csp.budget import Budget, kv_bytes_per_cell, parse_budget, protected_cells
 from edge_csp.chat import ChatTemplate, Message
 from edge_csp.context import Context
 from edge_csp.errors import ContextError
 from edge_csp.images import Picture
-from edge_csp.model import Part, PicturePart, Progress, TokenPart
-from edge_csp.policy import CspPolicy, Policy
+from edge_csp.model import Part, PicturePart, Progress, TokenPart, VisionModel
+from edge_csp.policy import CspPolicy, Policy, make_policy
 from edge_csp.sampling import Sampler, Sampling
 
 
@@ -348,6 +350,41 @@ class Session:
         pictures = tuple(PictureUse(item.name, item.n_cell, k) for (item, _), k in zip(spans, kept, strict=True))
         n_text = n_token - sum(picture.n_cell for picture in pictures)
         return CacheUse(n_token, n_cell, self.bytes_per_cell, n_text, n_cell - sum(kept), pictures)
+
+
+@contextmanager
+def open_session(
+    model: str | Path,
+    mmproj: str | Path | None = None,
+    *,
+    budget: str | Budget | None = None,
+    policy: str | Policy = "csp",
+    pruning: Pruning | None = None,
+    sampling: Sampling | None = None,
+    system: str | None = None,
+    n_gpu_layers: int = -1,
+    n_threads: int | None = None,
+    on_progress: Progress | None = None,
+    **context: Any,
+) -> Iterator[Session]:
+    """Open a model and a conversation with it; both are closed at the end of the `with` block.
+
+    model, mmproj: GGUF files, see VisionModel. budget: "20%", 512 cells as "512", "64MiB", or None to keep everything.
+    policy: a name or a Policy. pruning: all pruning settings at once, instead of budget and policy. context: further
+    settings of Context (n_ctx, n_batch, type_k, type_v, flash_attn …).
+
+    Raises EdgeCspError with one line that tells what is wrong with the files or the settings.
+    """
+    if pruning is None:
+        pruning = Pruning(
+            parse_budget(budget) if isinstance(budget, str) else budget,
+            make_policy(policy) if isinstance(policy, str) else policy,
+        )
+    with (
+        VisionModel(model, mmproj, n_gpu_layers=n_gpu_layers, n_threads=n_threads, on_progress=on_progress) as opened,
+        Context(opened, n_window=pruning.n_obs, **context) as opened_context,
+    ):
+        yield Session(opened_context, pruning=pruning, sampling=sampling, system=system, on_progress=on_progress)
 
 
 def _items(parts: Sequence[Part]) -> list[_Item]:
