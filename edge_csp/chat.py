@@ -3,15 +3,12 @@
 A GGUF file brings its template as Jinja source, written by strangers: it runs in Jinja's sandbox, where it can compute
 but not reach Python's insides (how long it computes is not limited). Templates are rendered as transformers does.
 
-Pictures. A picture part is given to the template as text, a marker that only this module knows and that carries the
-picture's number. After rendering, the markers must be there once each and in order; they then become MEDIA_MARKER,
-around which libmtmd puts the model's own picture tokens. So the n-th marker of a prompt is the n-th picture, and users
-cannot forge one: a literal "<__media__>" from anywhere else is changed to "< __media__ >".
+Pictures. As in llama.cpp, a picture part is given to the template as text, MEDIA_MARKER, around which libmtmd puts the
+model's own picture tokens. The prompt must have exactly one marker per picture: the n-th marker is the n-th picture.
+Users cannot forge one: a literal "<__media__>" in a text is changed to "< __media__ >".
 """
 
 import json
-import re
-import secrets
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
@@ -62,7 +59,6 @@ class ChatTemplate:
         self.notice = "the model brings no chat template: using USER: ... ASSISTANT: ..." if self.is_fallback else None
         self.bos_token = bos_token
         self.eos_token = eos_token
-        self._nonce = secrets.token_hex(8)
         try:
             self._template = _environment().from_string(FALLBACK_TEMPLATE if template is None else template)
         except jinja2.TemplateSyntaxError as error:
@@ -77,20 +73,18 @@ class ChatTemplate:
         add_generation_prompt: end with the head of the assistant's turn. extra: more variables for the template.
 
         Raises TemplateError for malformed messages, if the template refuses them or fails (with its own words), and if
-        it loses, doubles or reorders pictures.
+        it loses or doubles pictures.
         """
         n_picture = 0
         given = []
         for message in messages:
-            content, n_picture = self._content(message, n_picture)
+            content, n_added = self._content(message)
             given.append({**message, "content": content})
-        text = self._run(given, add_generation_prompt, extra).replace(MEDIA_MARKER, _HARMLESS_MARKER)
-        pattern = re.compile(f"<{self._nonce}-([0-9]+)>")
-        found = [int(number) for number in pattern.findall(text)]
-        if found != list(range(n_picture)):
-            shown = ", ".join(str(number + 1) for number in found[:16]) or "none"
-            raise TemplateError(f"the chat template was given {n_picture} pictures, but its prompt has: {shown}")
-        return pattern.sub(MEDIA_MARKER, text)
+            n_picture += n_added
+        text = self._run(given, add_generation_prompt, extra)
+        if (n_marker := text.count(MEDIA_MARKER)) != n_picture:
+            raise TemplateError(f"the chat template was given {n_picture} pictures, but its prompt has {n_marker}")
+        return text
 
     def delta(
         self, previous: str, messages: Sequence[Message], add_generation_prompt: bool = True, **extra: object
@@ -102,8 +96,8 @@ class ChatTemplate:
         text = self.render(messages, add_generation_prompt, **extra)
         return text[len(previous) :] if text.startswith(previous) else None
 
-    def _content(self, message: Message, n_picture: int) -> tuple[str | list[dict[str, str]], int]:
-        """Return the content in the form that the template takes, and the number of pictures up to here."""
+    def _content(self, message: Message) -> tuple[str | list[dict[str, str]], int]:
+        """Return the content in the form that the template takes, and the number of pictures in it."""
         if not isinstance(message, Mapping):
             raise TemplateError(f"a message is {type(message).__name__}, not a mapping with role and content")
         role, content = message.get("role"), message.get("content")
@@ -113,17 +107,19 @@ class ChatTemplate:
         if not isinstance(parts, Sequence):
             raise TemplateError(f"the content of the {role} message is neither text nor a list of parts")
         texts: list[str] = []
+        n_picture = 0
         after_text = False
         for part in parts:
             kind = part.get("type") if isinstance(part, Mapping) else None
             if kind in _PICTURE_PARTS:
-                texts.append(f"<{self._nonce}-{n_picture}>")
+                texts.append(MEDIA_MARKER)
                 n_picture += 1
             elif kind == "text" and isinstance(part.get("text"), str):
+                text = part["text"].replace(MEDIA_MARKER, _HARMLESS_MARKER)
                 if after_text:  # as llama.cpp joins them
-                    texts[-1] += "\n" + part["text"]
+                    texts[-1] += "\n" + text
                 else:
-                    texts.append(part["text"])
+                    texts.append(text)
             else:
                 raise TemplateError(f"the {role} message has a part of type {kind!r}: only text and image are known")
             after_text = kind == "text"
