@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_csp import native
+from edge_csp.budget import kv_bytes_per_cell
 from edge_csp.errors import ContextError, ModelError, NativeError
-from edge_csp.model import PicturePart, Progress, VisionModel
+from edge_csp.model import PicturePart, VisionModel
 from edge_csp.policy import Observation
 
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
@@ -42,7 +44,8 @@ class Context:
         memory and of a plain type, because llama.cpp is faster without it there. n_window: queries that vote.
         softmax_n: n of the softmax in attention itself. prune: False leaves the context as upstream makes it.
 
-        Raises NativeError if the model's cache cannot be pruned, ContextError if n_ctx is too small or large.
+        Raises NativeError if the model's cache cannot be pruned, ContextError if n_ctx is too small or too large for
+        the memory of the machine.
         """
         import llama_cpp
 
@@ -53,14 +56,22 @@ class Context:
             if value not in known:
                 what = f"{name} cache type" if name else "flash attention"
                 raise ContextError(f"{what} {value!r} is unknown: use {', '.join(known)}")
+        info = model.info
+        self.bytes_per_cell = kv_bytes_per_cell(
+            info.n_layer, info.n_head_kv, info.head_dim_k, info.head_dim_v, type_k, type_v
+        )
+        """Bytes of K and V that one cell takes."""
+        _check_memory(n_ctx, self.bytes_per_cell)
         self.model = model
         self.n_batch = n_batch
         self.type_k, self.type_v = type_k, type_v
         self.flash_attn = _choose_flash_attn(flash_attn, type_v)
         self.csp: native.Csp | None = None
+        self.n_window = 0
         self.n_past = 0
         """Position of the next token."""
 
+        native.clear_log_errors()
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, n_batch, n_batch, 1
         params.n_threads = params.n_threads_batch = model.n_threads
@@ -73,9 +84,11 @@ class Context:
                 f"{native.last_log_error()}"
             )
         self.n_ctx = int(llama_cpp.llama_n_ctx(self._llama))
+        self.n_batch = int(llama_cpp.llama_n_batch(self._llama))  # llama.cpp lowers it to n_ctx
         try:
             if prune:
-                self.csp = native.Csp.attach(self._llama, n_window=min(n_window, self.n_ctx))
+                self.n_window = min(n_window, self.n_ctx)
+                self.csp = native.Csp.attach(self._llama, n_window=self.n_window)
                 if softmax_n:
                     self.csp.set_softmax_n(softmax_n)
         except BaseException:
@@ -100,6 +113,7 @@ class Context:
         """
         import llama_cpp
 
+        native.clear_log_errors()
         n = len(tokens)
         seq_id = ctypes.pointer(ctypes.c_int32(0))
         batch: Any = llama_cpp.llama_batch()
@@ -121,6 +135,7 @@ class Context:
 
         data = embeddings.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         n_past = ctypes.c_int32()
+        native.clear_log_errors()
         no_callback = mtmd_cpp.mtmd_helper_post_decode_callback()
         try:
             self._check(
@@ -162,11 +177,11 @@ class Context:
         self.n_past = 0
 
     def observe(self, *, n_obs: int, softmax_n: float, with_scores: bool = True) -> Observation:
-        """What the last n_obs queries looked at; `with_scores=False` gives zeros and costs nothing."""
+        """What the last n_obs queries looked at (n_window at most); `with_scores=False` gives zeros at no cost."""
         csp = self._csp()
         pos, tag = csp.cells()
         if with_scores:
-            scores = csp.scores(n_obs, softmax_n)
+            scores = csp.scores(min(n_obs, self.n_window), softmax_n)
         else:
             n_modality = csp.info().n_modality
             n_layer, n_head_kv, n_cell = tag.shape
@@ -205,9 +220,19 @@ class Context:
         self.close()
 
 
-def _choose_flash_attn(flash_attn: str, type_v: str) -> str:
-    import llama_cpp
+def _check_memory(n_ctx: int, bytes_per_cell: int) -> None:
+    """A cache beyond the memory of the machine would not fail but be killed, when llama.cpp clears it."""
+    if native.has_gpu() or not hasattr(os, "sysconf"):
+        return
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if n_ctx * bytes_per_cell > memory:
+        raise ContextError(
+            f"a context of {n_ctx} cells takes {n_ctx * bytes_per_cell} bytes of KV cache, but the machine has "
+            f"{memory} bytes of memory: lower the context size (-c)"
+        )
 
-    if flash_attn != "auto" or llama_cpp.llama_supports_gpu_offload():
+
+def _choose_flash_attn(flash_attn: str, type_v: str) -> str:
+    if flash_attn != "auto" or native.has_gpu():
         return flash_attn
     return "off" if type_v in ("f32", "f16", "bf16") else "on"

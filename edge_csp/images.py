@@ -31,6 +31,7 @@ MAX_PIXELS = 100_000_000
 # Picture formats only: no EPS or WMF (Pillow starts other programs for them) and nothing without a signature.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000", "QOI")
 _HEIC = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}  # brands in an ISO media file's head
+_SIGNATURES = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF"}
 _ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -185,6 +186,9 @@ def _open_image(stream: BinaryIO, shown: str) -> Image.Image:
         head = stream.read(12)
     if head[4:8] == b"ftyp" and head[8:12] in _HEIC:
         raise ImageError(f"{shown}: HEIC pictures are not supported; save it as JPEG or PNG")
+    for signature, name in _SIGNATURES.items():
+        if head.startswith(signature):
+            raise ImageError(f"{shown}: the picture is damaged or cut off ({name} without its data)")
     raise ImageError(f"{shown}: not a picture of a known format ({', '.join(formats)})")
 
 

@@ -102,19 +102,27 @@ class VisionModel:
         from llama_cpp import mtmd_cpp
 
         llama_cpp.llama_backend_init()
+        native.clear_log_errors()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
         if not use_mmap:
             params.use_mmap = False
 
+        stopped: list[BaseException] = []  # exceptions (Ctrl-C, say) cannot pass through C
+
         def progress(done: float, _user_data: Any) -> bool:
-            if on_progress:
-                on_progress("load", done)
-            return True
+            try:
+                if on_progress:
+                    on_progress("load", done)
+            except BaseException as error:
+                stopped.append(error)
+            return not stopped
 
         params.progress_callback = callback = llama_cpp.llama_progress_callback(progress)
         self._llama = llama_cpp.llama_model_load_from_file(os.fsencode(self.info.path), params)
         del callback  # it had to live until here
+        if stopped:
+            raise stopped[0]
         if not self._llama:
             raise ModelError(f"{self.info.path} cannot be loaded: {native.last_log_error()}")
         self._vocab = llama_cpp.llama_model_get_vocab(self._llama)
@@ -165,6 +173,7 @@ class VisionModel:
     def _tokenize_mixed(self, text: str, pictures: Sequence[Picture], add_special: bool) -> list[Part]:
         from llama_cpp import mtmd_cpp
 
+        native.clear_log_errors()
         data = text.encode()
         chunks = mtmd_cpp.mtmd_input_chunks_init()
         bitmaps = []
@@ -228,6 +237,7 @@ class VisionModel:
         if (known := self._embeddings.get(key)) is not None:
             self._embeddings.move_to_end(key)
             return known
+        native.clear_log_errors()
         if mtmd_cpp.mtmd_encode_chunk(self._mtmd, part.chunk) != 0:
             raise ModelError(f"{part.name}: the encoder of {self._mmproj_path} failed: {native.last_log_error()}")
         self.n_encoded += 1

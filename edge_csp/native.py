@@ -105,9 +105,23 @@ def silence_logs() -> None:
         set_log(_log_callback, ctypes.c_void_p(0))
 
 
+def clear_log_errors() -> None:
+    """Forget errors of the past, before a call whose failure is to be explained."""
+    _log_errors.clear()
+
+
 def last_log_error() -> str:
-    """The most telling of the last errors that llama.cpp logged, for a message of ours."""
+    """The first error that llama.cpp logged since clear_log_errors(), usually the cause of the others."""
     return _log_errors[0] if _log_errors else "no reason given"
+
+
+def has_gpu() -> bool:
+    """True if llama.cpp sees a GPU in this machine."""
+    from llama_cpp import _ggml
+
+    find = _ggml.libggml.ggml_backend_dev_by_type
+    find.restype = ctypes.c_void_p
+    return any(find(kind) for kind in (1, 2))  # GGML_BACKEND_DEVICE_TYPE_GPU, _IGPU
 
 
 def _call(name: str, *args: Any) -> Any:
@@ -176,7 +190,7 @@ class Csp:
         _check(_call("llama_csp_set_modality", self._handle, modality))
 
     def set_softmax_n(self, softmax_n: float | NDArray[np.float32]) -> None:
-        """n of the softmax in attention: one for all heads, or f32 [n_layer, n_head]."""
+        """N of the softmax in attention: one for all heads, or f32 [n_layer, n_head]."""
         values = np.ascontiguousarray(softmax_n, np.float32)
         _check(_call("llama_csp_set_softmax_n", self._handle, _pointer(values, _f32_p), values.size))
 

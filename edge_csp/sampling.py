@@ -62,6 +62,7 @@ class Sampler:
         self._has_grammar = bool(grammar)
         self._n_vocab = model.n_vocab
         if grammar:
+            native.clear_log_errors()
             sampler = llama_cpp.llama_sampler_init_grammar(model.vocab, grammar.encode(), b"root")
             if not sampler:
                 self.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_csp.budget import Budget, kv_bytes_per_cell, parse_budget, protected_cells
+from edge_csp.budget import Budget, parse_budget, protected_cells
 from edge_csp.chat import ChatTemplate, Message
 from edge_csp.context import Context
 from edge_csp.errors import ContextError
@@ -130,11 +130,8 @@ class Session:
         self._on_progress = on_progress
         self._items: list[_Item] = []  # what the cache holds, pruned or not
         self._text = ""  # the prompt text that became _items
-        self.bytes_per_cell = kv_bytes_per_cell(
-            info.n_layer, info.n_head_kv, info.head_dim_k, info.head_dim_v, context.type_k, context.type_v
-        )
 
-    def ask(self, text: str, pictures: Sequence[Picture] = (), *, n_predict: int = -1) -> Iterator[str]:
+    def ask(self, text: str, pictures: Sequence[Picture] = (), *, n_predict: int = -1) -> Generator[str, None, None]:
         """Ask, and stream the answer. Pictures come before the text.
 
         n_predict: most tokens of the answer, -1 until it ends. Closing the iterator ends the answer; what has been
@@ -145,9 +142,10 @@ class Session:
         parts: list[dict[str, Any]] = [{"type": "image", "picture": picture} for picture in pictures]
         return self.ask_parts([*parts, {"type": "text", "text": text}], n_predict=n_predict)
 
-    def ask_parts(self, content: Sequence[dict[str, Any]], *, n_predict: int = -1) -> Iterator[str]:
+    def ask_parts(self, content: Sequence[dict[str, Any]], *, n_predict: int = -1) -> Generator[str, None, None]:
         """Like ask(), for text and pictures in any order: parts are {"type": "text", "text": str} or
-        {"type": "image", "picture": Picture}."""
+        {"type": "image", "picture": Picture}.
+        """
         messages = [*self.messages, {"role": "user", "content": list(content)}]
         self.prefill(messages)
         self.prune()
@@ -233,6 +231,7 @@ class Session:
     def _evaluate_picture(self, part: PicturePart) -> None:
         started = time.perf_counter()
         n_encoded = self.model.n_encoded
+        self._report("encode", 0.0)
         embeddings = self.model.encode(part)
         encoded = time.perf_counter()
         self.context.decode_picture(part, embeddings)
@@ -255,7 +254,7 @@ class Session:
         if pruning.budget is None or self.context.csp is None:
             return 0
         n_cell = self.context.n_cell
-        budget = pruning.budget.cells(self.n_token, self.bytes_per_cell)
+        budget = pruning.budget.cells(self.n_token, self.context.bytes_per_cell)
         if pruning.policy.n_keep(budget, n_cell) >= n_cell:
             return 0
         started = time.perf_counter()
@@ -273,7 +272,7 @@ class Session:
         self.counters.n_evicted += n_evicted
         return n_evicted
 
-    def generate(self, *, n_predict: int = -1) -> Iterator[str]:
+    def generate(self, *, n_predict: int = -1) -> Generator[str, None, None]:
         """Stream an answer after prefill(), in whole characters; `finish_reason` tells why it ended."""
         prompt_tokens = [item.key for item in self._items if isinstance(item.key, int)]
         sampler = Sampler(self.sampling, self.model, prompt_tokens)
@@ -347,9 +346,15 @@ class Session:
             kept = [float(((pos >= p) & (pos < p + item.n_pos)).sum()) / n_row for item, p in spans]
         else:
             kept = [float(item.n_cell) for item, _ in spans]
-        pictures = tuple(PictureUse(item.name, item.n_cell, k) for (item, _), k in zip(spans, kept, strict=True))
+        pictures: list[PictureUse] = []
+        for (item, _), n_kept in zip(spans, kept, strict=True):
+            if item.part is not None and item.part.index > 0:  # a tile of the picture before
+                whole = pictures.pop()
+                pictures.append(PictureUse(whole.name, whole.n_cell + item.n_cell, whole.kept + n_kept))
+            else:
+                pictures.append(PictureUse(item.name, item.n_cell, n_kept))
         n_text = n_token - sum(picture.n_cell for picture in pictures)
-        return CacheUse(n_token, n_cell, self.bytes_per_cell, n_text, n_cell - sum(kept), pictures)
+        return CacheUse(n_token, n_cell, self.context.bytes_per_cell, n_text, n_cell - sum(kept), tuple(pictures))
 
 
 @contextmanager
@@ -364,6 +369,7 @@ def open_session(
     system: str | None = None,
     n_gpu_layers: int = -1,
     n_threads: int | None = None,
+    use_mmap: bool = True,
     on_progress: Progress | None = None,
     **context: Any,
 ) -> Iterator[Session]:
@@ -381,7 +387,9 @@ def open_session(
             make_policy(policy) if isinstance(policy, str) else policy,
         )
     with (
-        VisionModel(model, mmproj, n_gpu_layers=n_gpu_layers, n_threads=n_threads, on_progress=on_progress) as opened,
+        VisionModel(
+            model, mmproj, n_gpu_layers=n_gpu_layers, n_threads=n_threads, use_mmap=use_mmap, on_progress=on_progress
+        ) as opened,
         Context(opened, n_window=pruning.n_obs, **context) as opened_context,
     ):
         yield Session(opened_context, pruning=pruning, sampling=sampling, system=system, on_progress=on_progress)

@@ -83,7 +83,8 @@ def test_cells_add_up_and_stay_in_the_budget(context: Context) -> None:
         use = chat.cache_use()
         assert use.n_cell == int(0.25 * use.n_token)
         assert use.n_cell == pytest.approx(use.text_kept + sum(p.kept for p in use.pictures))
-        assert all(p.kept <= p.n_cell for p in use.pictures) and use.text_kept <= use.n_text
+        assert all(p.kept <= p.n_cell for p in use.pictures)
+        assert use.text_kept <= use.n_text
         answer.close()
     assert chat.counters.n_evicted > 0
 
@@ -124,7 +125,8 @@ def test_undo(context: Context, budget: str | None) -> None:
         ask(chat, "What is in picture 2?", picture(3))
         assert chat.counters.n_restart == n_restart + 1
         assert chat.cache_use().pictures[1].name == "3.png"
-    assert chat.undo() and chat.undo()
+    assert chat.undo()
+    assert chat.undo()
     assert not chat.undo()
     assert chat.messages == []
 
@@ -191,7 +193,7 @@ def test_budgets_in_bytes_and_cells(context: Context) -> None:
     chat = session(context, "40")
     ask(chat, "What is in picture 1?", picture(1), picture(2), n_predict=1)
     assert chat.cache_use().n_cell == 40 + 1  # and one token of the answer
-    chat.pruning = Pruning(parse_budget(f"{20 * chat.bytes_per_cell}B"))
+    chat.pruning = Pruning(parse_budget(f"{20 * context.bytes_per_cell}B"))
     ask(chat, "Which digit?", n_predict=1)
     assert chat.cache_use().n_cell == 20 + 1
     chat.pruning = Pruning(parse_budget("1B"))
@@ -215,3 +217,8 @@ def test_pruned_model_on_a_context_without_pruning(model: VisionModel) -> None:
         chat = session(context, "25%")
         ask(chat, "What is in picture 1?", picture(1), n_predict=2)
         assert chat.counters.n_evicted == 0
+
+
+def test_a_context_beyond_the_memory_is_refused(model: VisionModel) -> None:
+    with pytest.raises(ContextError, match=r"1000000000 cells takes \d+ bytes"):
+        Context(model, n_ctx=10**9)
