@@ -26,5 +26,5 @@ void llama_csp_clear(llama_csp * csp);
 
 // The C wrappers llama_memory_*: may positions [p0, p1) be removed? May cells be copied or shifted? Logs where not.
 bool llama_csp_allow_rm  (const llama_csp * csp, llama_pos p0, llama_pos p1);
-bool llama_csp_allow_edit(const llama_csp * csp, const char * name);
+bool llama_csp_allow_edit(llama_csp * csp, const char * name); // where they may, the window starts anew
 bool llama_csp_pruned    (const llama_csp * csp);

@@ -51,7 +51,7 @@ void move_on_host(const rows & r, char * data) {
     }
 }
 
-// [head][head_dim][cell]
+// [head][head_dim][cell]: four elements are read before they are written together, for every cells[j] >= j
 template <typename T> void move_transposed_on_host(const rows & r, T * data) {
     for (int64_t h = 0; h < r.n_head; ++h) {
         const int32_t * cells = r.cells + h*r.n_keep;
@@ -60,8 +60,13 @@ template <typename T> void move_transposed_on_host(const rows & r, T * data) {
             ++first;
         }
         for (int64_t i = 0; i < r.head_dim; ++i) {
-            T * row = data + (h*r.head_dim + i)*r.n_cell_max;
-            for (int64_t j = first; j < r.n_keep; ++j) {
+            T *     row = data + (h*r.head_dim + i)*r.n_cell_max;
+            int64_t j   = first;
+            for (; j + 4 <= r.n_keep; j += 4) {
+                const T kept[4] = { row[cells[j]], row[cells[j + 1]], row[cells[j + 2]], row[cells[j + 3]] };
+                memcpy(row + j, kept, sizeof(kept));
+            }
+            for (; j < r.n_keep; ++j) {
                 row[j] = row[cells[j]];
             }
         }
@@ -197,7 +202,7 @@ void llama_csp::move_cells(const int32_t * cells, int32_t n_keep) {
     kept_pos    = std::move(pos);
     kept_tag    = std::move(tag);
     n_last_kept = n_keep;
-    std::fill(ring.begin(), ring.end(), llama_csp_query());
+    forget_queries(0);
 }
 
 int32_t llama_csp_keep(llama_csp * csp, const int32_t * cells, int32_t n_keep) {

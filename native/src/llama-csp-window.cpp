@@ -76,13 +76,19 @@ ggml_tensor * llama_csp_build_attn(
     return csp->use_sinks ? layer->sinks : sinks;
 }
 
-void llama_csp::push_queries(const llama_ubatch & ubatch, int64_t n_row, int64_t * rows) {
-    const auto [first, last] = std::minmax_element(ubatch_cells.begin(), ubatch_cells.end());
+void llama_csp::forget_queries(int32_t first) {
+    serial = 0;
     for (auto & query : ring) {
-        if (query.cell >= (int32_t) *first) {
-            query = llama_csp_query(); // its token was removed: the cell is filled anew
+        if (query.cell >= first) {
+            query = llama_csp_query();
         }
+        query.n_seen = std::min(query.n_seen, first);
+        serial       = std::max(serial, query.serial + 1); // the next ones take the rows of those that went
     }
+}
+
+void llama_csp::push_queries(const llama_ubatch & ubatch, int64_t n_row, int64_t * rows) {
+    const auto last = std::max_element(ubatch_cells.begin(), ubatch_cells.end());
     for (int64_t i = 0; i < n_row; ++i, ++serial) {
         const uint32_t cell = ubatch_cells[ubatch.n_tokens - n_row + i];
         const uint32_t seen = ctx->get_causal_attn() ? cell : *last;
@@ -98,60 +104,90 @@ void llama_csp::push_queries(const llama_ubatch & ubatch, int64_t n_row, int64_t
 
 namespace {
 
+// Cells that a graph reads, masked from n_cell on: the fast matrix kernels want multiples of 4 to 16.
+int64_t padded_cells(const llama_csp & csp) {
+    return std::min<int64_t>(GGML_PAD(csp.n_cell(), 64), csp.kv->get_size());
+}
+
 // The graph that scores one layer.
 struct score_graph {
     ggml_context_ptr ctx;
     ggml_cgraph *    graph = nullptr;
-    ggml_tensor *    mask  = nullptr; // [n_cell, n_window]: 0 where a query saw the cell, else -inf
+    ggml_tensor *    mask  = nullptr; // [n_pad, n_window]: 0 where a query saw the cell, else -inf
     ggml_tensor *    sinks = nullptr; // [n_head]: ln n, or null
     ggml_tensor *    votes = nullptr; // [n_modality, n_vote, n_head_kv], or [n_vote, n_modality, n_head_kv]
     ggml_tensor *    out   = nullptr; // [n_cell, n_modality, n_head_kv]
 };
 
+// Heads that are scored at a time: all on a device; on the host few enough for their attention rows to stay in the cache
+// of a core.
+int64_t heads_at_a_time(const llama_csp & csp, const llama_csp_layer & layer, int64_t n_row) {
+    constexpr int64_t max_values = 1 << 18; // 1 MiB
+
+    if (!ggml_backend_buffer_is_host(layer.k->buffer)) {
+        return csp.n_head_kv;
+    }
+    return std::clamp<int64_t>(max_values/(n_row*padded_cells(csp)), 1, csp.n_head_kv);
+}
+
 score_graph build_score_graph(const llama_csp & csp, const llama_csp_layer & layer, ggml_backend_t backend, bool use_sinks) {
-    constexpr size_t max_nodes = 32;
+    const int64_t n_cell   = csp.n_cell();
+    const int64_t n_pad    = padded_cells(csp);
+    const int64_t n_gqa    = csp.n_head/csp.n_head_kv;
+    const int64_t n_vote   = csp.n_window*n_gqa;
+    const int64_t head_dim = layer.head_dim_k;
+    const int64_t n_step   = heads_at_a_time(csp, layer, n_vote);
+    const size_t  n_nodes  = 16*(2 + (csp.n_head_kv + n_step - 1)/n_step);
 
     score_graph g;
-    g.ctx.reset(ggml_init({ max_nodes*ggml_tensor_overhead() + ggml_graph_overhead_custom(max_nodes, false), nullptr, /*.no_alloc =*/ true }));
+    g.ctx.reset(ggml_init({ n_nodes*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false), nullptr, /*.no_alloc =*/ true }));
     if (!g.ctx) {
         throw std::bad_alloc();
     }
     ggml_context * ctx = g.ctx.get();
+    g.graph            = ggml_new_graph_custom(ctx, n_nodes, false);
 
-    const int64_t n_cell   = csp.n_cell();
-    const int64_t n_vote   = csp.n_window*(csp.n_head/csp.n_head_kv);
-    const int64_t head_dim = layer.head_dim_k;
+    const auto new_3d = [&](int64_t ne0, int64_t ne1, int64_t ne2) { return ggml_new_tensor_3d(ctx, GGML_TYPE_F32, ne0, ne1, ne2); };
 
-    const auto new_input = [&](int64_t ne0, int64_t ne1, int64_t ne2) {
-        ggml_tensor * t = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, ne0, ne1, ne2);
-        ggml_set_input(t);
-        return t;
-    };
+    const ggml_tensor * probe    = ggml_out_prod(ctx, new_3d(n_pad, n_vote, n_step), new_3d(csp.n_modality, n_vote, n_step));
+    const bool          out_prod = ggml_backend_supports_op(backend, probe) && getenv("LLAMA_CSP_NO_OUT_PROD") == nullptr; // not on Metal
 
-    // the attention rows of the window, [n_cell, n_window, n_head], by the operations that attention itself uses
-    ggml_tensor * k = ggml_view_3d(ctx, layer.k, head_dim, csp.n_head_kv, n_cell, ggml_row_size(layer.k->type, head_dim), layer.k->nb[1], 0);
-    ggml_tensor * q = ggml_reshape_3d(ctx, layer.ring, head_dim, csp.n_head, csp.n_window);
-    ggml_tensor * p = ggml_mul_mat(ctx, ggml_permute(ctx, k, 0, 2, 1, 3), ggml_permute(ctx, q, 0, 2, 1, 3));
-    ggml_prec_set_acc(p, GGML_PREC_F32);
-    g.mask = new_input(n_cell, csp.n_window, 1);
-    p      = ggml_soft_max_ext(ctx, p, g.mask, layer.kq_scale, 0.0f);
-    if (use_sinks) {
-        g.sinks = new_input(csp.n_head, 1, 1);
-        ggml_soft_max_add_sinks(p, g.sinks);
-    }
-
-    // sum over the queries of a modality and mean over the heads of a group: one contraction with the votes
-    p       = ggml_reshape_3d(ctx, p, n_cell, n_vote, csp.n_head_kv);
-    g.votes = new_input(csp.n_modality, n_vote, csp.n_head_kv);
-    g.out   = ggml_out_prod(ctx, p, g.votes);
-    if (!ggml_backend_supports_op(backend, g.out) || getenv("LLAMA_CSP_NO_OUT_PROD") != nullptr) { // Metal
-        g.votes = new_input(n_vote, csp.n_modality, csp.n_head_kv);
-        g.out   = ggml_mul_mat(ctx, ggml_cont(ctx, ggml_transpose(ctx, p)), g.votes);
+    g.mask  = new_3d(n_pad, csp.n_window, 1);
+    g.sinks = use_sinks ? new_3d(csp.n_head, 1, 1) : nullptr;
+    g.votes = out_prod ? new_3d(csp.n_modality, n_vote, csp.n_head_kv) : new_3d(n_vote, csp.n_modality, csp.n_head_kv);
+    g.out   = new_3d(n_cell, csp.n_modality, csp.n_head_kv);
+    for (ggml_tensor * t : { g.mask, g.sinks, g.votes, g.out }) {
+        if (t) {
+            ggml_set_input(t);
+        }
     }
     ggml_set_output(g.out);
 
-    g.graph = ggml_new_graph_custom(ctx, max_nodes, false);
-    ggml_build_forward_expand(g.graph, g.out);
+    const auto heads_of = [&](ggml_tensor * t, int64_t h, int64_t n) {
+        return ggml_view_3d(ctx, t, t->ne[0], t->ne[1], n, t->nb[1], t->nb[2], h*t->nb[2]);
+    };
+    for (int64_t h = 0; h < csp.n_head_kv; h += n_step) {
+        const int64_t n       = std::min(n_step, csp.n_head_kv - h);
+        const size_t  k_size  = ggml_row_size(layer.k->type, head_dim);
+        const size_t  q_size  = ggml_row_size(layer.ring->type, head_dim);
+
+        // the attention rows of the window, [n_pad, n_window, n*n_gqa], by the operations that attention itself uses
+        ggml_tensor * k = ggml_view_3d(ctx, layer.k,    head_dim, n_pad,        n,       layer.k->nb[1],    k_size, h*k_size);
+        ggml_tensor * q = ggml_view_3d(ctx, layer.ring, head_dim, csp.n_window, n*n_gqa, layer.ring->nb[1], q_size, h*n_gqa*q_size);
+        ggml_tensor * p = ggml_mul_mat(ctx, k, q);
+        ggml_prec_set_acc(p, GGML_PREC_F32);
+        p = ggml_soft_max_ext(ctx, p, g.mask, layer.kq_scale, 0.0f);
+        if (use_sinks) {
+            ggml_soft_max_add_sinks(p, ggml_view_1d(ctx, g.sinks, n*n_gqa, h*n_gqa*g.sinks->nb[0]));
+        }
+
+        // sum over the queries of a modality and mean over the heads of a group: one contraction with the votes
+        ggml_tensor * votes = heads_of(g.votes, h, n);
+        p                   = ggml_reshape_3d(ctx, p, n_pad, n_vote, n);
+        p = out_prod ? ggml_out_prod(ctx, p, votes) : ggml_mul_mat(ctx, ggml_cont(ctx, ggml_transpose(ctx, p)), votes);
+        p = ggml_view_3d(ctx, p, n_cell, csp.n_modality, n, p->nb[1], p->nb[2], 0);
+        ggml_build_forward_expand(g.graph, ggml_cpy(ctx, p, heads_of(g.out, h, n)));
+    }
     return g;
 }
 
@@ -163,6 +199,7 @@ void set_input(ggml_tensor * t, const std::vector<float> & data) {
 
 int32_t llama_csp::compute_scores(int32_t n_obs, float softmax_n, float * scores) {
     const int64_t n_cell = this->n_cell();
+    const int64_t n_pad  = padded_cells(*this);
     const int64_t n_gqa  = n_head/n_head_kv;
     const int64_t n_vote = n_window*n_gqa;
 
@@ -186,13 +223,13 @@ int32_t llama_csp::compute_scores(int32_t n_obs, float softmax_n, float * scores
     const int64_t oldest = serials[std::min<size_t>(n_obs, serials.size()) - 1];
 
     // a ring row that does not vote sees cell 0, because a row must not be masked altogether
-    std::vector<float> mask(n_cell*n_window, -INFINITY);           // [n_window][n_cell]
+    std::vector<float> mask(n_pad*n_window, -INFINITY);            // [n_window][n_pad]
     std::vector<float> votes  (n_head_kv*n_vote*n_modality, 0.0f); // [n_head_kv][n_vote][n_modality]
     std::vector<float> votes_t(n_head_kv*n_vote*n_modality, 0.0f); // [n_head_kv][n_modality][n_vote]
     for (int64_t r = 0; r < n_window; ++r) {
         const auto & query = ring[r];
         const bool   voter = query.serial >= oldest && query.cell < n_cell;
-        std::fill_n(mask.begin() + r*n_cell, voter ? query.n_seen : 1, 0.0f);
+        std::fill_n(mask.begin() + r*n_pad, voter ? std::min<int64_t>(query.n_seen, n_cell) : 1, 0.0f);
         for (int64_t h = 0; voter && h < n_head_kv; ++h) {
             for (int64_t i = r; i < n_vote; i += n_window) {
                 votes  [(h*n_vote + i)*n_modality + query.tag] = 1.0f/n_gqa;

@@ -240,6 +240,7 @@ void llama_csp_apply_ubatch(llama_csp * csp, const llama_ubatch & ubatch, const 
     const uint8_t tag       = csp->modality == LLAMA_CSP_MODALITY_AUTO ? automatic : (uint8_t) csp->modality;
 
     csp->ubatch_cells.assign(cells, cells + ubatch.n_tokens);
+    csp->forget_queries(*std::min_element(cells, cells + ubatch.n_tokens));
     for (const uint32_t cell : csp->ubatch_cells) {
         csp->cell_tag[cell] = tag;
         if ((int32_t) cell < csp->n_last_kept) {
@@ -250,7 +251,7 @@ void llama_csp_apply_ubatch(llama_csp * csp, const llama_ubatch & ubatch, const 
 
 void llama_csp_clear(llama_csp * csp) {
     csp->n_last_kept = 0;
-    std::fill(csp->ring.begin(), csp->ring.end(), llama_csp_query());
+    csp->forget_queries(0);
 }
 
 bool llama_csp_allow_rm(const llama_csp * csp, llama_pos p0, llama_pos p1) {
@@ -261,7 +262,7 @@ bool llama_csp_allow_rm(const llama_csp * csp, llama_pos p0, llama_pos p1) {
     const auto &    cells  = csp->kv_cells();
     const llama_pos last   = cells.pos_get(n_kept - 1);
     const bool      behind = p0 > last;
-    const bool      all    = p0 <= 0 && (p1 < 0 || p1 > cells.pos_get(csp->n_cell() - 1));
+    const bool      all    = p0 <= 0 && (p1 < 0 || p1 > cells.seq_pos_max(cells.seq_get(0)));
     if (!behind && !all) {
         LLAMA_LOG_ERROR("%s: positions [%d, %d) touch pruned cells (up to position %d)\n", __func__, p0, p1, last);
     }
@@ -272,12 +273,13 @@ bool llama_csp_pruned(const llama_csp * csp) {
     return csp->n_kept() > 0;
 }
 
-bool llama_csp_allow_edit(const llama_csp * csp, const char * name) {
-    const bool pruned = llama_csp_pruned(csp);
-    if (pruned) {
+bool llama_csp_allow_edit(llama_csp * csp, const char * name) {
+    if (llama_csp_pruned(csp)) {
         LLAMA_LOG_ERROR("%s: refused: %d cells are pruned\n", name, csp->n_kept());
+        return false;
     }
-    return !pruned;
+    csp->forget_queries(0); // their rotation does not fit shifted keys
+    return true;
 }
 
 //
@@ -293,7 +295,7 @@ int32_t llama_csp::n_cell() const {
 }
 
 int32_t llama_csp::n_kept() const {
-    return n_cell() < n_last_kept ? 0 : n_last_kept; // kept cells go all at once
+    return kv_cells().is_empty(0) ? 0 : n_last_kept; // kept cells go all at once
 }
 
 int32_t llama_csp::check_sequence() const {
@@ -531,14 +533,18 @@ int32_t llama_csp_state_set_data(llama_csp * csp, const uint8_t * src, size_t si
         for (int32_t j = 0; j < h.n_kept; ++j) {
             llama_pos max = -1;
             for (size_t row = 0; row < csp->n_row(); ++row) {
-                max = std::max(max, pos[row*h.n_kept + j]);
+                const size_t i = row*h.n_kept + j;
+                if (pos[i] < (j > 0 ? pos[i - 1] : 0)) {
+                    return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "state has positions that do not ascend (row %zu, cell %d)", row, j);
+                }
+                max = std::max(max, pos[i]);
             }
             if (max != csp->kv_cells().pos_get(j)) {
                 return llama_csp_fail(LLAMA_CSP_ERR_STATE, "state does not belong to this sequence (cell %d)", j);
             }
         }
-        if (std::any_of(tag, src + size, [](uint8_t t) { return t >= LLAMA_CSP_MODALITY_MAX; })) {
-            return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "state has a tag above %d", LLAMA_CSP_MODALITY_MAX - 1);
+        if (std::any_of(tag, src + size, [&](uint8_t t) { return t >= csp->n_modality; })) {
+            return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "state has a tag above %d (n_modality - 1)", csp->n_modality - 1);
         }
         csp->kept_tag.assign(tag, tag + n_value);
         csp->kept_pos = std::move(pos);
@@ -547,6 +553,6 @@ int32_t llama_csp_state_set_data(llama_csp * csp, const uint8_t * src, size_t si
     } catch (const std::bad_alloc &) {
         return llama_csp_fail(LLAMA_CSP_ERR_MEMORY, "no memory for a state of %zu bytes", size);
     }
-    std::fill(csp->ring.begin(), csp->ring.end(), llama_csp_query());
+    csp->forget_queries(0);
     return LLAMA_CSP_OK;
 }

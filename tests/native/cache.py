@@ -1,4 +1,4 @@
-"""What llama.cpp itself says about its cache: the rows of K and V, and the queries of a graph. Independent of our code."""
+"""What llama.cpp itself says: the rows of K and V in its cache, and tensors of a graph. Independent of our code."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def restore_sequence(runtime: Runtime, state: Bytes) -> None:
 
 def read_rows(runtime: Runtime, n_layer: int, n_head_kv: int, n_cell: int) -> CacheRows:
     """Parse the state of the sequence from its end: u32 v_trans, u32 n_layer, then for every K and every V a header
-    (i32 type, u64 row size; a transposed V: i32 type, u32 element size, u32 rows) and its data."""
+    (i32 type, u64 row size; a transposed V: i32 type, u32 element size, u32 rows) and its data.
+    """
     data = sequence_state(runtime)
     for offset in range(data.size - 8, -1, -1):  # the metadata before it has a variable size
         v_trans, layers = data[offset : offset + 8].view(np.uint32)
@@ -87,9 +88,9 @@ def _parse_columns(data: Bytes, n_layer: int, n_head_kv: int, n_cell: int) -> tu
 
 
 class GraphTap:
-    """Reads the queries of a graph while llama.cpp computes it: pass `params` as context_params."""
+    """Reads named tensors of a graph while llama.cpp computes it: pass `params` as context_params."""
 
-    def __init__(self) -> None:
+    def __init__(self, *names: str) -> None:
         base = _ggml.libggml
         base.ggml_get_name.restype = ctypes.c_char_p
         base.ggml_get_name.argtypes = [ctypes.c_void_p]
@@ -97,19 +98,24 @@ class GraphTap:
         base.ggml_nelements.argtypes = [ctypes.c_void_p]
         base.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
         self._base = base
+        self._prefixes = tuple(f"{name}-" for name in names or ("Qcur",))
         self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_tensor)
         self.params: dict[str, Any] = {"cb_eval": self._callback}
         self._tensors: dict[str, npt.NDArray[np.float32]] = {}
 
     def _on_tensor(self, tensor: Any, ask: bool, user_data: Any) -> bool:
         name = self._base.ggml_get_name(tensor).decode()
-        if not ask and name.startswith("Qcur-"):
+        is_wanted = name.startswith(self._prefixes)
+        if not ask and is_wanted:
             values = np.empty(self._base.ggml_nelements(tensor), np.float32)
             self._base.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, values.nbytes)
-            self._tensors[name] = values  # the last one of a layer is the one after RoPE
-        return name.startswith("Qcur-") if ask else True
+            self._tensors[name] = values  # the last one of a layer, for Qcur the one after RoPE
+        return is_wanted if ask else True
+
+    def heads(self, name: str, n_layer: int, n_head: int, head_dim: int) -> npt.NDArray[np.float32]:
+        """A tensor of all layers at the last decode, [n_layer, n_head, n_token, head_dim]."""
+        rows = [self._tensors[f"{name}-{il}"].reshape(-1, n_head, head_dim) for il in range(n_layer)]
+        return np.stack(rows).transpose(0, 2, 1, 3)
 
     def queries(self, n_layer: int, n_head: int, head_dim: int) -> npt.NDArray[np.float32]:
-        """Queries of the last decode, [n_layer, n_head, n_token, head_dim]."""
-        rows = [self._tensors[f"Qcur-{il}"].reshape(-1, n_head, head_dim) for il in range(n_layer)]
-        return np.stack(rows).transpose(0, 2, 1, 3)
+        return self.heads("Qcur", n_layer, n_head, head_dim)

@@ -1,5 +1,6 @@
 """Models and devices of the native tests. Every test that takes `device` also runs with all layers on an RPC server,
-whose cache is not in host memory: the stand-in for a GPU."""
+whose cache is not in host memory: the stand-in for a GPU.
+"""
 
 from __future__ import annotations
 
