@@ -43,8 +43,10 @@ struct llama_csp {
     static std::string unsupported(llama_context * ctx, llama_kv_cache ** kv);
 
     // window (llama-csp-window.cpp)
-    void    forget_queries(int32_t first); // of the cells from first on: these are empty, or filled anew
-    void    push_queries(const llama_ubatch & ubatch, int64_t n_row, int64_t * rows);
+    void forget_queries(int32_t first); // of the cells from first on: these are empty, or filled anew
+    void push_queries(const llama_ubatch & ubatch, int64_t n_row, int64_t * rows);
+
+    // scores (llama-csp-score.cpp)
     int32_t compute_scores(int32_t n_obs, float softmax_n, float * scores);
 
     // rows (llama-csp-keep.cpp)

@@ -12,6 +12,7 @@ from edge_csp.native import Csp
 from tests.native.cache import GraphTap, read_rows
 from tests.native.conftest import Open
 from tests.oracle.numpy_llama import NumpyLlama, window_scores
+from tests.oracle.random_models import make_model
 from tests.oracle.runtime import Runtime, relative_error
 
 DTYPE = {"f32": np.float32, "f16": np.float16}
@@ -58,14 +59,21 @@ def test_scores_by_modality(model: Path, device: Open) -> None:
     assert not np.array_equal(scores[:, :, 0], scores[:, :, 1])
 
 
-def test_contraction_without_out_prod(gqa: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Metal has no OUT_PROD: the other way to sum gives the same scores."""
-    with Runtime(gqa) as runtime:
-        csp = Csp.attach(runtime.ctx)
-        runtime.decode(np.arange(50))
-        scores = csp.scores(32)
-        monkeypatch.setenv("LLAMA_CSP_NO_OUT_PROD", "1")
-        assert relative_error(csp.scores(32), scores) <= 1e-6
+@pytest.mark.parametrize("head_dim", [32, 48, 128])
+@pytest.mark.parametrize("cache", DTYPE)
+def test_all_ways_to_score(tmp_path: Path, cache: str, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel for host memory, the graph of other backends, and the graph for backends without OUT_PROD (Metal)."""
+    model = make_model(tmp_path / "model.gguf", "llama", n_head=6, head_dim=head_dim)
+    with Runtime(model, n_ctx=512, n_ubatch=512, type_k=cache, type_v=cache) as runtime:
+        csp = Csp.attach(runtime.ctx, n_window=50)  # with three heads in a group: five blocks of queries
+        csp.set_modality(1)
+        runtime.decode(np.arange(300) % 96)
+        csp.set_modality(0)
+        runtime.decode(np.arange(20))
+        scores = csp.scores(40, 0.5)
+        for way in ("graph", "graph-transpose"):
+            monkeypatch.setenv("LLAMA_CSP_SCORES", way)
+            assert relative_error(csp.scores(40, 0.5), scores) <= 1e-6
         csp.close()
 
 
