@@ -31,7 +31,7 @@ extern "C" {
 #endif
 
 enum llama_csp_status {
-    LLAMA_CSP_OK              =  0,
+    LLAMA_CSP_OK              = 0,
     LLAMA_CSP_ERR_ARGUMENT    = -1, // an argument is out of range
     LLAMA_CSP_ERR_UNSUPPORTED = -2, // this model, cache or backend cannot be pruned
     LLAMA_CSP_ERR_STATE       = -3, // the cache is not in a state that allows the call
@@ -42,10 +42,10 @@ enum llama_csp_status {
 // Modality tags. Values up to LLAMA_CSP_MODALITY_MAX - 1 are free for callers.
 enum llama_csp_modality {
     LLAMA_CSP_MODALITY_AUTO  = -1, // tokens are text, embeddings are images
-    LLAMA_CSP_MODALITY_TEXT  =  0,
-    LLAMA_CSP_MODALITY_IMAGE =  1,
-    LLAMA_CSP_MODALITY_AUDIO =  2,
-    LLAMA_CSP_MODALITY_MAX   =  8,
+    LLAMA_CSP_MODALITY_TEXT  = 0,
+    LLAMA_CSP_MODALITY_IMAGE = 1,
+    LLAMA_CSP_MODALITY_AUDIO = 2,
+    LLAMA_CSP_MODALITY_MAX   = 8,
 };
 
 struct llama_csp;
@@ -56,9 +56,9 @@ struct llama_csp_params {
 };
 
 struct llama_csp_info {
-    int32_t n_layer;    // layers of the cache
-    int32_t n_head;     // query heads
-    int32_t n_head_kv;  // KV heads
+    int32_t n_layer;   // layers of the cache
+    int32_t n_head;    // query heads
+    int32_t n_head_kv; // KV heads
     int32_t n_modality;
     int32_t n_cell_max; // size of the cache
     int32_t n_cell;     // cells in use
@@ -92,8 +92,8 @@ LLAMA_API int32_t llama_csp_set_softmax_n(struct llama_csp * csp, const float * 
 // the query heads of a KV head and summed over the queries. A query votes on the cells that it saw.
 //   softmax_n: n of the scoring softmax (the published method: 1)
 //   scores:    f32 [n_layer][n_head_kv][n_modality][n_cell], n_value floats
-LLAMA_API int32_t llama_csp_scores(
-        struct llama_csp * csp, int32_t n_obs, float softmax_n, float * scores, size_t n_value);
+LLAMA_API int32_t
+llama_csp_scores(struct llama_csp * csp, int32_t n_obs, float softmax_n, float * scores, size_t n_value);
 
 struct llama_csp_select_params {
     int32_t k_self;   // cells taken by the votes of their own modality
@@ -107,14 +107,18 @@ struct llama_csp_select_params {
 // a ranking that runs out of cells with a score > 0 passes its places to the other. Ties go to the earlier cell.
 //   scores: as from llama_csp_scores(); pinned: u8 [n_layer][n_head_kv][n_cell], or NULL
 //   cells:  i32 [n_layer][n_head_kv][n_keep], ascending; n_value ints
-LLAMA_API int32_t llama_csp_select(
-        const struct llama_csp * csp, struct llama_csp_select_params params,
-        const float * scores, const uint8_t * pinned, int32_t * cells, size_t n_value);
+LLAMA_API int32_t llama_csp_select(const struct llama_csp *       csp,
+                                   struct llama_csp_select_params params,
+                                   const float *                  scores,
+                                   const uint8_t *                pinned,
+                                   int32_t *                      cells,
+                                   size_t                         n_value);
 
 // Keep n_keep cells per layer and KV head, 1 <= n_keep <= n_cell. Rows are moved byte for byte to the cells 0 .. n_keep - 1,
 // positions go on counting from where they were, and the window starts anew.
 //   cells: i32 [n_layer][n_head_kv][n_keep], ascending and without repeats; every row holds the last cell, n_cell - 1
-// After this, removing, copying or shifting positions inside the kept cells is refused by llama_memory_seq_*.
+// After this, removing, copying or shifting positions inside the kept cells is refused by llama_memory_seq_*. (On a cache
+// that is not pruned these work as always; copying and shifting start the window anew.)
 LLAMA_API int32_t llama_csp_keep(struct llama_csp * csp, const int32_t * cells, int32_t n_keep);
 
 // True position and tag of the token in every cell. Either pointer may be NULL.

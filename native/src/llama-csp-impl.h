@@ -16,9 +16,9 @@ struct llama_ubatch;
 
 // A layer of the cache. ggml shapes, fastest dimension first.
 struct llama_csp_layer {
-    int32_t       il;          // index in the model
-    ggml_tensor * k;           // [head_dim_k*n_head_kv, n_cell_max]
-    ggml_tensor * v;           // the same, or transposed: element (cell, i) at i*n_cell_max + cell
+    int32_t       il;    // index in the model
+    ggml_tensor * k;     // [head_dim_k*n_head_kv, n_cell_max]
+    ggml_tensor * v;     // the same, or transposed: element (cell, i) at i*n_cell_max + cell
     ggml_tensor * ring;  // [head_dim_k*n_head, n_window] f32, the last queries after RoPE
     ggml_tensor * sinks; // [n_head] f32, ln n of the softmax in attention; used where `use_sinks`
     int64_t       head_dim_k;
@@ -50,7 +50,7 @@ struct llama_csp {
     int32_t compute_scores(int32_t n_obs, float softmax_n, float * scores);
 
     // rows (llama-csp-keep.cpp)
-    void move_rows (const int32_t * cells, int32_t n_keep); // throws where a backend fails
+    void move_rows(const int32_t * cells, int32_t n_keep); // throws where a backend fails
     void move_cells(const int32_t * cells, int32_t n_keep);
 
     // cells (llama-csp.cpp)
@@ -63,7 +63,7 @@ struct llama_csp {
     uint8_t   tag_at(size_t row, int32_t cell) const;
 
     // rows of per-head arrays: layer*n_head_kv + head
-    size_t n_row() const { return layers.size()*n_head_kv; }
+    size_t n_row() const { return layers.size() * n_head_kv; }
 
     void drop_graphs(); // the next decode builds new ones
 
@@ -72,7 +72,7 @@ struct llama_csp {
     int32_t        n_thread() const;
     ggml_backend_t backend_of(const ggml_tensor * t) const; // computes where t lives
 
-    llama_context  * ctx;
+    llama_context *  ctx;
     llama_kv_cache * kv;
 
     const int32_t n_window;
@@ -91,7 +91,7 @@ struct llama_csp {
     int64_t                      serial = 0;
     std::vector<uint32_t>        ubatch_cells; // cells of the ubatch in flight
 
-    std::vector<uint8_t> cell_tag;   // [n_cell_max], for cells >= n_kept
+    std::vector<uint8_t> cell_tag;        // [n_cell_max], for cells >= n_kept
     int32_t              n_last_kept = 0; // n_keep of the last keep; see n_kept()
     std::vector<int32_t> kept_pos;        // [n_row][n_last_kept]
     std::vector<uint8_t> kept_tag;        // [n_row][n_last_kept]

@@ -35,17 +35,17 @@ void move_on_host(const rows & r, char * data) {
     int64_t first = r.n_keep; // cells before it stay where they are, in every head
     for (int64_t h = 0; h < r.n_head; ++h) {
         int64_t j = 0;
-        while (j < first && r.cells[h*r.n_keep + j] == j) {
+        while (j < first && r.cells[h * r.n_keep + j] == j) {
             ++j;
         }
         first = j;
     }
     for (int64_t j = first; j < r.n_keep; ++j) {
-        char * dst = data + j*cell_size;
+        char * dst = data + j * cell_size;
         for (int64_t h = 0; h < r.n_head; ++h) {
-            const int64_t cell = r.cells[h*r.n_keep + j];
+            const int64_t cell = r.cells[h * r.n_keep + j];
             if (cell != j) {
-                memcpy(dst + h*head_size, data + cell*cell_size + h*head_size, head_size);
+                memcpy(dst + h * head_size, data + cell * cell_size + h * head_size, head_size);
             }
         }
     }
@@ -54,13 +54,13 @@ void move_on_host(const rows & r, char * data) {
 // [head][head_dim][cell]: four elements are read before they are written together, for every cells[j] >= j
 template <typename T> void move_transposed_on_host(const rows & r, T * data) {
     for (int64_t h = 0; h < r.n_head; ++h) {
-        const int32_t * cells = r.cells + h*r.n_keep;
+        const int32_t * cells = r.cells + h * r.n_keep;
         int64_t         first = 0;
         while (first < r.n_keep && cells[first] == first) {
             ++first;
         }
         for (int64_t i = 0; i < r.head_dim; ++i) {
-            T *     row = data + (h*r.head_dim + i)*r.n_cell_max;
+            T *     row = data + (h * r.head_dim + i) * r.n_cell_max;
             int64_t j   = first;
             for (; j + 4 <= r.n_keep; j += 4) {
                 const T kept[4] = { row[cells[j]], row[cells[j + 1]], row[cells[j + 2]], row[cells[j + 3]] };
@@ -85,7 +85,7 @@ void move_in_buffer(const rows & r, char * data) {
 
 // The whole tensor travels to the host and back: for what a device cannot gather.
 void move_through_host(const rows & r) {
-    const size_t      size = r.transposed ? ggml_nbytes(r.t) : r.n_cell*r.cell_size();
+    const size_t      size = r.transposed ? ggml_nbytes(r.t) : r.n_cell * r.cell_size();
     std::vector<char> data(size);
     ggml_backend_tensor_get(r.t, data.data(), 0, size);
     move_in_buffer(r, data.data());
@@ -96,11 +96,12 @@ void move_through_host(const rows & r) {
 void move_on_device(const rows & r, ggml_backend_t backend, ggml_gallocr_t alloc) {
     constexpr size_t max_nodes = 8;
 
-    ggml_context_ptr ctx{ ggml_init({ max_nodes*ggml_tensor_overhead() + ggml_graph_overhead_custom(max_nodes, false), nullptr, /*.no_alloc =*/ true }) };
+    ggml_context_ptr ctx{ ggml_init({ max_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(max_nodes, false),
+                                      nullptr, /*.no_alloc =*/true }) };
     if (!ctx) {
         throw std::bad_alloc();
     }
-    const int64_t n_word = r.head_size()/sizeof(int32_t);
+    const int64_t n_word = r.head_size() / sizeof(int32_t);
 
     const auto view_as_words = [&](int64_t n_row) {
         ggml_tensor * view = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, n_word, n_row);
@@ -110,10 +111,10 @@ void move_on_device(const rows & r, ggml_backend_t backend, ggml_gallocr_t alloc
         ggml_backend_view_init(view);
         return view;
     };
-    ggml_tensor * index = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, r.n_head*r.n_keep);
+    ggml_tensor * index = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, r.n_head * r.n_keep);
     ggml_set_input(index);
-    ggml_tensor * kept = ggml_get_rows(ctx.get(), view_as_words(r.n_head*r.n_cell), index);
-    ggml_tensor * back = ggml_cpy(ctx.get(), kept, view_as_words(r.n_head*r.n_keep));
+    ggml_tensor * kept = ggml_get_rows(ctx.get(), view_as_words(r.n_head * r.n_cell), index);
+    ggml_tensor * back = ggml_cpy(ctx.get(), kept, view_as_words(r.n_head * r.n_keep));
 
     ggml_cgraph * graph = ggml_new_graph_custom(ctx.get(), max_nodes, false);
     ggml_build_forward_expand(graph, back);
@@ -121,10 +122,10 @@ void move_on_device(const rows & r, ggml_backend_t backend, ggml_gallocr_t alloc
         throw std::bad_alloc();
     }
 
-    std::vector<int32_t> index_data(r.n_head*r.n_keep);
+    std::vector<int32_t> index_data(r.n_head * r.n_keep);
     for (int64_t j = 0; j < r.n_keep; ++j) {
         for (int64_t h = 0; h < r.n_head; ++h) {
-            index_data[j*r.n_head + h] = r.cells[h*r.n_keep + j]*r.n_head + h;
+            index_data[j * r.n_head + h] = r.cells[h * r.n_keep + j] * r.n_head + h;
         }
     }
     ggml_backend_tensor_set(index, index_data.data(), 0, ggml_nbytes(index));
@@ -140,18 +141,25 @@ void llama_csp::move_rows(const int32_t * cells, int32_t n_keep) {
     std::vector<rows> device;
     for (size_t i = 0; i < layers.size(); ++i) {
         const auto &    layer = layers[i];
-        const int32_t * first = cells + i*n_head_kv*n_keep;
+        const int32_t * first = cells + i * n_head_kv * n_keep;
         for (const bool is_v : { false, true }) {
             ggml_tensor * t = is_v ? layer.v : layer.k;
-            const rows    r = { t,     n_head_kv, is_v ? layer.head_dim_v : layer.head_dim_k, kv->get_size(), is_v && kv->v_trans,
-                                first, n_keep,    n_cell() };
+            const rows    r = { t,
+                                n_head_kv,
+                                is_v ? layer.head_dim_v : layer.head_dim_k,
+                                kv->get_size(),
+                                is_v && kv->v_trans,
+                                first,
+                                n_keep,
+                                n_cell() };
             (ggml_backend_buffer_is_host(t->buffer) ? host : device).push_back(r);
         }
     }
 
     synchronize();
 
-    llama_csp_parallel(host.size(), n_thread(), [&](size_t i) { move_in_buffer(host[i], static_cast<char *>(host[i].t->data)); });
+    llama_csp_parallel(host.size(), n_thread(),
+                       [&](size_t i) { move_in_buffer(host[i], static_cast<char *>(host[i].t->data)); });
 
     ggml_gallocr_ptr alloc;
     ggml_backend_t   alloc_backend = nullptr;
@@ -175,13 +183,13 @@ void llama_csp::move_cells(const int32_t * cells, int32_t n_keep) {
     auto &       kv_cells = this->kv_cells();
     const auto   last     = kv_cells.ext_get(n_cell() - 1);
     const auto   seq_id   = kv_cells.seq_get(0);
-    const size_t n_value  = n_row()*n_keep;
+    const size_t n_value  = n_row() * n_keep;
 
     std::vector<int32_t> pos(n_value);
     std::vector<uint8_t> tag(n_value);
     for (size_t row = 0; row < n_row(); ++row) {
         for (int32_t j = 0; j < n_keep; ++j) {
-            const size_t i = row*n_keep + j;
+            const size_t i = row * n_keep + j;
             pos[i]         = pos_at(row, cells[i]);
             tag[i]         = tag_at(row, cells[i]);
         }
@@ -191,7 +199,7 @@ void llama_csp::move_cells(const int32_t * cells, int32_t n_keep) {
     for (int32_t j = 0; j < n_keep; ++j) {
         llama_pos max = -1;
         for (size_t row = 0; row < n_row(); ++row) {
-            max = std::max(max, pos[row*n_keep + j]);
+            max = std::max(max, pos[row * n_keep + j]);
         }
         kv_cells.pos_set(j, max);
         kv_cells.seq_add(j, seq_id);
@@ -214,17 +222,20 @@ int32_t llama_csp_keep(llama_csp * csp, const int32_t * cells, int32_t n_keep) {
     }
     const int32_t n_cell = csp->n_cell();
     if (n_keep < 1 || n_keep > n_cell) {
-        return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "n_keep is %d, allowed are 1 .. %d (cells in use)", n_keep, n_cell);
+        return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "n_keep is %d, allowed are 1 .. %d (cells in use)", n_keep,
+                              n_cell);
     }
     for (size_t row = 0; row < csp->n_row(); ++row) {
-        const int32_t * list = cells + row*n_keep;
+        const int32_t * list = cells + row * n_keep;
         for (int32_t j = 0; j < n_keep; ++j) {
             if (list[j] < 0 || list[j] >= n_cell || (j > 0 && list[j] <= list[j - 1])) {
-                return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "cells[%zu][%d] is %d: lists ascend within 0 .. %d", row, j, list[j], n_cell - 1);
+                return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "cells[%zu][%d] is %d: lists ascend within 0 .. %d", row,
+                                      j, list[j], n_cell - 1);
             }
         }
         if (list[n_keep - 1] != n_cell - 1) {
-            return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "cells[%zu] ends with %d: every list keeps the last cell, %d", row, list[n_keep - 1], n_cell - 1);
+            return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "cells[%zu] ends with %d: every list keeps the last cell, %d",
+                                  row, list[n_keep - 1], n_cell - 1);
         }
     }
     if (n_keep == n_cell) {

@@ -8,14 +8,14 @@
 
 // The keys of one KV head, and the queries that vote on its cells.
 struct llama_csp_host_head {
-    const char * k;         // first key
-    size_t       k_stride;  // bytes from one cell to the next
-    bool         k_is_f16;  // else f32
+    const char * k;        // first key
+    size_t       k_stride; // bytes from one cell to the next
+    bool         k_is_f16; // else f32
     int64_t      head_dim;
     int64_t      n_cell;
-    float        scale;     // of q*k
+    float        scale; // of q*k
     float        softmax_n;
-    float        weight;    // of every vote
+    float        weight; // of every vote
 
     std::vector<const float *> q;      // [n_query], head_dim values each
     std::vector<int32_t>       n_seen; // [n_query], it saw the cells [0, n_seen), at least one

@@ -47,33 +47,40 @@ std::vector<int32_t> find_voters(const llama_csp & csp, int32_t n_obs) {
 //
 
 bool scores_on_host(const llama_csp_layer & layer) {
-    return llama_csp_host_scores_available() && ggml_backend_buffer_is_host(layer.k->buffer) && ggml_backend_buffer_is_host(layer.ring->buffer) &&
+    return llama_csp_host_scores_available() && ggml_backend_buffer_is_host(layer.k->buffer) &&
+           ggml_backend_buffer_is_host(layer.ring->buffer) &&
            (layer.k->type == GGML_TYPE_F16 || layer.k->type == GGML_TYPE_F32);
 }
 
 // One KV head of a layer; scores: [n_modality][n_cell]
-void score_head_on_host(const llama_csp & csp, const llama_csp_layer & layer, const std::vector<int32_t> & voters, int64_t h, float softmax_n, float * scores) {
-    const int64_t n_gqa    = csp.n_head/csp.n_head_kv;
+void score_head_on_host(const llama_csp &            csp,
+                        const llama_csp_layer &      layer,
+                        const std::vector<int32_t> & voters,
+                        int64_t                      h,
+                        float                        softmax_n,
+                        float *                      scores) {
+    const int64_t n_gqa    = csp.n_head / csp.n_head_kv;
     const int64_t head_dim = layer.head_dim_k;
-    const size_t  n_query  = voters.size()*n_gqa;
+    const size_t  n_query  = voters.size() * n_gqa;
 
     llama_csp_host_head head;
-    head.k         = (const char *) layer.k->data + h*ggml_row_size(layer.k->type, head_dim);
+    head.k         = (const char *) layer.k->data + h * ggml_row_size(layer.k->type, head_dim);
     head.k_stride  = layer.k->nb[1];
     head.k_is_f16  = layer.k->type == GGML_TYPE_F16;
     head.head_dim  = head_dim;
     head.n_cell    = csp.n_cell();
     head.scale     = layer.kq_scale;
     head.softmax_n = softmax_n;
-    head.weight    = 1.0f/n_gqa;
+    head.weight    = 1.0f / n_gqa;
 
-    std::vector<float> q(n_query*head_dim);
+    std::vector<float> q(n_query * head_dim);
     for (int64_t i = 0; i < n_gqa; ++i) {
         for (const int32_t r : voters) {
-            const float * src = (const float *) layer.ring->data + (r*csp.n_head + h*n_gqa + i)*head_dim;
-            float *       dst = q.data() + head.q.size()*head_dim;
+            const float * src = (const float *) layer.ring->data + (r * csp.n_head + h * n_gqa + i) * head_dim;
+            float *       dst = q.data() + head.q.size() * head_dim;
             for (int64_t d = 0; d < head_dim; ++d) {
-                dst[d] = head.k_is_f16 ? ggml_fp16_to_fp32(ggml_fp32_to_fp16(src[d])) : src[d]; // as attention rounds it
+                dst[d] =
+                    head.k_is_f16 ? ggml_fp16_to_fp32(ggml_fp32_to_fp16(src[d])) : src[d]; // as attention rounds it
             }
             head.q.push_back(dst);
             head.n_seen.push_back(std::min(csp.ring[r].n_seen, csp.n_cell()));
@@ -101,18 +108,23 @@ struct score_graph {
     ggml_tensor *    out   = nullptr; // [n_pad, n_modality, n_head_kv]
 };
 
-score_graph build_score_graph(const llama_csp & csp, const llama_csp_layer & layer, ggml_backend_t backend, bool use_sinks, score_way way) {
+score_graph build_score_graph(const llama_csp &       csp,
+                              const llama_csp_layer & layer,
+                              ggml_backend_t          backend,
+                              bool                    use_sinks,
+                              score_way               way) {
     constexpr size_t max_nodes = 32;
 
     score_graph g;
-    g.ctx.reset(ggml_init({ max_nodes*ggml_tensor_overhead() + ggml_graph_overhead_custom(max_nodes, false), nullptr, /*.no_alloc =*/ true }));
+    g.ctx.reset(ggml_init({ max_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(max_nodes, false), nullptr,
+                            /*.no_alloc =*/true }));
     if (!g.ctx) {
         throw std::bad_alloc();
     }
     ggml_context * ctx = g.ctx.get();
 
     const int64_t n_pad    = padded_cells(csp);
-    const int64_t n_vote   = csp.n_window*(csp.n_head/csp.n_head_kv);
+    const int64_t n_vote   = csp.n_window * (csp.n_head / csp.n_head_kv);
     const int64_t head_dim = layer.head_dim_k;
 
     const auto new_input = [&](int64_t ne0, int64_t ne1, int64_t ne2) {
@@ -126,7 +138,8 @@ score_graph build_score_graph(const llama_csp & csp, const llama_csp_layer & lay
     };
 
     // the attention rows of the window, [n_pad, n_window, n_head], by the operations that attention itself uses
-    ggml_tensor * p = ggml_mul_mat(ctx, heads_of(layer.k, n_pad, csp.n_head_kv), heads_of(layer.ring, csp.n_window, csp.n_head));
+    ggml_tensor * p =
+        ggml_mul_mat(ctx, heads_of(layer.k, n_pad, csp.n_head_kv), heads_of(layer.ring, csp.n_window, csp.n_head));
     ggml_prec_set_acc(p, GGML_PREC_F32);
     g.mask = new_input(n_pad, csp.n_window, 1);
     p      = ggml_soft_max_ext(ctx, p, g.mask, layer.kq_scale, 0.0f);
@@ -159,24 +172,24 @@ struct score_inputs {
 
     score_inputs(const llama_csp & csp, const std::vector<int32_t> & voters, float softmax_n) {
         const int64_t n_pad  = padded_cells(csp);
-        const int64_t n_gqa  = csp.n_head/csp.n_head_kv;
-        const int64_t n_vote = csp.n_window*n_gqa;
+        const int64_t n_gqa  = csp.n_head / csp.n_head_kv;
+        const int64_t n_vote = csp.n_window * n_gqa;
 
-        mask.assign(n_pad*csp.n_window, -INFINITY);
-        votes.assign(csp.n_head_kv*n_vote*csp.n_modality, 0.0f);
+        mask.assign(n_pad * csp.n_window, -INFINITY);
+        votes.assign(csp.n_head_kv * n_vote * csp.n_modality, 0.0f);
         votes_t.assign(votes.size(), 0.0f);
         sinks.assign(csp.n_head, std::log(softmax_n));
 
         for (int64_t r = 0; r < csp.n_window; ++r) {
-            mask[r*n_pad] = 0.0f; // a row must not be masked altogether, also where it does not vote
+            mask[r * n_pad] = 0.0f; // a row must not be masked altogether, also where it does not vote
         }
         for (const int64_t r : voters) {
             const auto & query = csp.ring[r];
-            std::fill_n(mask.begin() + r*n_pad, std::min(query.n_seen, csp.n_cell()), 0.0f);
+            std::fill_n(mask.begin() + r * n_pad, std::min(query.n_seen, csp.n_cell()), 0.0f);
             for (int64_t h = 0; h < csp.n_head_kv; ++h) {
                 for (int64_t i = r; i < n_vote; i += csp.n_window) {
-                    votes  [(h*n_vote + i)*csp.n_modality + query.tag] = 1.0f/n_gqa;
-                    votes_t[(h*csp.n_modality + query.tag)*n_vote + i] = 1.0f/n_gqa;
+                    votes[(h * n_vote + i) * csp.n_modality + query.tag]   = 1.0f / n_gqa;
+                    votes_t[(h * csp.n_modality + query.tag) * n_vote + i] = 1.0f / n_gqa;
                 }
             }
         }
@@ -184,13 +197,18 @@ struct score_inputs {
 };
 
 void set_input(ggml_tensor * t, const std::vector<float> & data) {
-    ggml_backend_tensor_set(t, data.data(), 0, data.size()*sizeof(float));
+    ggml_backend_tensor_set(t, data.data(), 0, data.size() * sizeof(float));
 }
 
 // scores: [n_head_kv][n_modality][n_cell]
-void score_layer_on_backend(
-        const llama_csp & csp, const llama_csp_layer & layer, ggml_backend_t backend, ggml_gallocr_t alloc, const score_inputs & inputs,
-        float softmax_n, score_way way, float * scores) {
+void score_layer_on_backend(const llama_csp &       csp,
+                            const llama_csp_layer & layer,
+                            ggml_backend_t          backend,
+                            ggml_gallocr_t          alloc,
+                            const score_inputs &    inputs,
+                            float                   softmax_n,
+                            score_way               way,
+                            float *                 scores) {
     score_graph g = build_score_graph(csp, layer, backend, softmax_n > 0.0f, way);
     if (!ggml_gallocr_alloc_graph(alloc, g.graph)) {
         throw std::bad_alloc();
@@ -206,8 +224,8 @@ void score_layer_on_backend(
     std::vector<float> padded(ggml_nelements(g.out));
     ggml_backend_tensor_get(g.out, padded.data(), 0, ggml_nbytes(g.out));
     const int64_t n_cell = csp.n_cell();
-    for (int64_t i = 0; i < (int64_t) csp.n_head_kv*csp.n_modality; ++i) {
-        std::copy_n(padded.begin() + i*g.out->ne[0], n_cell, scores + i*n_cell);
+    for (int64_t i = 0; i < (int64_t) csp.n_head_kv * csp.n_modality; ++i) {
+        std::copy_n(padded.begin() + i * g.out->ne[0], n_cell, scores + i * n_cell);
     }
 }
 
@@ -216,15 +234,16 @@ void score_layer_on_backend(
 int32_t llama_csp::compute_scores(int32_t n_obs, float softmax_n, float * scores) {
     for (const auto & layer : layers) {
         if (layer.kq_scale == 0.0f) {
-            return llama_csp_fail(LLAMA_CSP_ERR_STATE, "layer %d has recorded no queries: decode tokens first", layer.il);
+            return llama_csp_fail(LLAMA_CSP_ERR_STATE, "layer %d has recorded no queries: decode tokens first",
+                                  layer.il);
         }
     }
     const auto voters = find_voters(*this, n_obs);
     if (voters.empty()) {
         return llama_csp_fail(LLAMA_CSP_ERR_STATE, "the window is empty: decode tokens first");
     }
-    const score_way way    = wanted_way();
-    const int64_t   n_value = (int64_t) n_modality*n_cell(); // values of one KV head
+    const score_way way     = wanted_way();
+    const int64_t   n_value = (int64_t) n_modality * n_cell(); // values of one KV head
 
     synchronize();
 
@@ -236,13 +255,13 @@ int32_t llama_csp::compute_scores(int32_t n_obs, float softmax_n, float * scores
             continue;
         }
         for (int32_t h = 0; h < n_head_kv; ++h) {
-            host_rows.push_back(i*n_head_kv + h);
+            host_rows.push_back(i * n_head_kv + h);
         }
     }
 
     llama_csp_parallel(host_rows.size(), n_thread(), [&](size_t i) {
         const size_t row = host_rows[i];
-        score_head_on_host(*this, layers[row/n_head_kv], voters, row % n_head_kv, softmax_n, scores + row*n_value);
+        score_head_on_host(*this, layers[row / n_head_kv], voters, row % n_head_kv, softmax_n, scores + row * n_value);
     });
 
     std::map<ggml_backend_t, ggml_gallocr_ptr> allocs; // compute buffers, shared by the layers of a backend
@@ -256,7 +275,8 @@ int32_t llama_csp::compute_scores(int32_t n_obs, float softmax_n, float * scores
         if (!alloc) {
             throw std::bad_alloc();
         }
-        score_layer_on_backend(*this, layers[i], backend, alloc.get(), inputs, softmax_n, way, scores + i*n_head_kv*n_value);
+        score_layer_on_backend(*this, layers[i], backend, alloc.get(), inputs, softmax_n, way,
+                               scores + i * n_head_kv * n_value);
     }
     return LLAMA_CSP_OK;
 }
@@ -266,14 +286,16 @@ int32_t llama_csp_scores(llama_csp * csp, int32_t n_obs, float softmax_n, float 
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "csp or scores is NULL");
     }
     if (n_obs < 1 || n_obs > csp->n_window) {
-        return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "n_obs is %d, allowed are 1 .. %d (n_window)", n_obs, csp->n_window);
+        return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "n_obs is %d, allowed are 1 .. %d (n_window)", n_obs,
+                              csp->n_window);
     }
     if (!(softmax_n >= 0.0f) || !std::isfinite(softmax_n)) {
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "softmax_n is %g, allowed are finite values >= 0", softmax_n);
     }
-    const size_t needed = csp->n_row()*csp->n_modality*csp->n_cell();
+    const size_t needed = csp->n_row() * csp->n_modality * csp->n_cell();
     if (n_value != needed) {
-        return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "n_value is %zu, needed are %zu (n_layer*n_head_kv*n_modality*n_cell)", n_value, needed);
+        return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT,
+                              "n_value is %zu, needed are %zu (n_layer*n_head_kv*n_modality*n_cell)", n_value, needed);
     }
     if (const int32_t status = csp->check_sequence()) {
         return status;

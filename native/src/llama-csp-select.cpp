@@ -30,9 +30,13 @@ struct ranking {
     }
 };
 
-void select_row(
-        const llama_csp & csp, const llama_csp_select_params & params, size_t row, const float * scores,
-        const uint8_t * pinned, int32_t * cells, int32_t n_keep) {
+void select_row(const llama_csp &               csp,
+                const llama_csp_select_params & params,
+                size_t                          row,
+                const float *                   scores,
+                const uint8_t *                 pinned,
+                int32_t *                       cells,
+                int32_t                         n_keep) {
     const int32_t n_cell = csp.n_cell();
 
     std::vector<float>   self(n_cell);
@@ -44,7 +48,7 @@ void select_row(
     for (int32_t cell = 0; cell < n_cell; ++cell) {
         const int32_t tag = csp.tag_at(row, cell);
         for (int32_t m = 0; m < csp.n_modality; ++m) {
-            const float score = scores[m*n_cell + cell];
+            const float score = scores[m * n_cell + cell];
             if (m == tag) {
                 self[cell] = score;
             } else {
@@ -56,7 +60,7 @@ void select_row(
     }
 
     const int64_t k_past  = (int64_t) params.k_self + params.k_cross;
-    const int32_t k_cross = k_past == 0 ? 0 : (int32_t) (params.k_cross*(int64_t) n_place/k_past);
+    const int32_t k_cross = k_past == 0 ? 0 : (int32_t) (params.k_cross * (int64_t) n_place / k_past);
     const int32_t k_self  = n_place - k_cross;
 
     const ranking by_self  = { self.data() };
@@ -80,37 +84,45 @@ void select_row(
 
 } // namespace
 
-int32_t llama_csp_select(
-        const llama_csp * csp, llama_csp_select_params params, const float * scores, const uint8_t * pinned,
-        int32_t * cells, size_t n_value) {
+int32_t llama_csp_select(const llama_csp *       csp,
+                         llama_csp_select_params params,
+                         const float *           scores,
+                         const uint8_t *         pinned,
+                         int32_t *               cells,
+                         size_t                  n_value) {
     if (csp == nullptr || scores == nullptr || cells == nullptr) {
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "csp, scores or cells is NULL");
     }
     if (params.k_self < 0 || params.k_cross < 0 || params.n_recent < 1 || params.n_sink < 0) {
-        return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "k_self %d, k_cross %d, n_recent %d, n_sink %d: allowed are values >= 0, n_recent >= 1",
-                params.k_self, params.k_cross, params.n_recent, params.n_sink);
+        return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT,
+                              "k_self %d, k_cross %d, n_recent %d, n_sink %d: allowed are values >= 0, n_recent >= 1",
+                              params.k_self, params.k_cross, params.n_recent, params.n_sink);
     }
     if (const int32_t status = csp->check_sequence()) {
         return status;
     }
     const int64_t n_cell = csp->n_cell();
     const int64_t n_keep = std::min<int64_t>(n_cell, (int64_t) params.k_self + params.k_cross + params.n_recent);
-    if (n_value != csp->n_row()*n_keep) {
-        return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "n_value is %zu, needed are %zu (n_layer*n_head_kv*n_keep)", n_value, csp->n_row()*(size_t) n_keep);
+    if (n_value != csp->n_row() * n_keep) {
+        return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "n_value is %zu, needed are %zu (n_layer*n_head_kv*n_keep)",
+                              n_value, csp->n_row() * (size_t) n_keep);
     }
     for (size_t row = 0; row < csp->n_row(); ++row) {
         int64_t n_protected = 0;
         for (int64_t cell = 0; cell < n_cell; ++cell) {
-            n_protected += cell < params.n_sink || cell >= n_cell - params.n_recent || (pinned && pinned[row*n_cell + cell]);
+            n_protected +=
+                cell < params.n_sink || cell >= n_cell - params.n_recent || (pinned && pinned[row * n_cell + cell]);
         }
         if (n_protected > n_keep) {
-            return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "row %zu: %lld recent, sink and pinned cells, but a budget of %lld",
-                    row, (long long) n_protected, (long long) n_keep);
+            return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT,
+                                  "row %zu: %lld recent, sink and pinned cells, but a budget of %lld", row,
+                                  (long long) n_protected, (long long) n_keep);
         }
     }
     try {
         llama_csp_parallel(csp->n_row(), csp->n_thread(), [&](size_t row) {
-            select_row(*csp, params, row, scores + row*csp->n_modality*n_cell, pinned ? pinned + row*n_cell : nullptr, cells + row*n_keep, n_keep);
+            select_row(*csp, params, row, scores + row * csp->n_modality * n_cell,
+                       pinned ? pinned + row * n_cell : nullptr, cells + row * n_keep, n_keep);
         });
     } catch (const std::bad_alloc &) {
         return llama_csp_fail(LLAMA_CSP_ERR_MEMORY, "no memory to rank %lld cells", (long long) n_cell);

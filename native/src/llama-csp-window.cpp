@@ -13,8 +13,10 @@ namespace {
 
 // Ring rows of the queries of a ubatch, one input per graph.
 class graph_input_csp : public llm_graph_input_i {
-  public:
-    graph_input_csp(llama_csp * csp, ggml_tensor * rows) : csp(csp), rows(rows) {}
+public:
+    graph_input_csp(llama_csp * csp, ggml_tensor * rows) :
+        csp(csp),
+        rows(rows) {}
 
     void set_input(const llama_ubatch * ubatch) override {
         std::vector<int64_t> data(rows->ne[0]);
@@ -35,7 +37,8 @@ graph_input_csp * find_or_add_input(const llm_graph_context & graph, llama_csp *
             return found;
         }
     }
-    ggml_tensor * rows = ggml_new_tensor_1d(graph.ctx0, GGML_TYPE_I64, std::min<int64_t>(graph.n_tokens, csp->n_window));
+    ggml_tensor * rows =
+        ggml_new_tensor_1d(graph.ctx0, GGML_TYPE_I64, std::min<int64_t>(graph.n_tokens, csp->n_window));
     ggml_set_input(rows);
     ggml_set_name(rows, "csp_rows");
     return static_cast<graph_input_csp *>(graph.res->add_input(std::make_unique<graph_input_csp>(csp, rows)));
@@ -43,11 +46,16 @@ graph_input_csp * find_or_add_input(const llm_graph_context & graph, llama_csp *
 
 } // namespace
 
-ggml_tensor * llama_csp_build_attn(
-        const llm_graph_context & graph, ggml_tensor * q, const ggml_tensor * k, ggml_tensor * sinks, float kq_scale, int il) {
+ggml_tensor * llama_csp_build_attn(const llm_graph_context & graph,
+                                   ggml_tensor *             q,
+                                   const ggml_tensor *       k,
+                                   ggml_tensor *             sinks,
+                                   float                     kq_scale,
+                                   int                       il) {
     llama_csp * csp = graph.cparams.csp;
 
-    const auto layer = std::find_if(csp->layers.begin(), csp->layers.end(), [&](const llama_csp_layer & l) { return l.il == il; });
+    const auto layer =
+        std::find_if(csp->layers.begin(), csp->layers.end(), [&](const llama_csp_layer & l) { return l.il == il; });
     if (layer == csp->layers.end() || k->view_src != layer->k) {
         return sinks; // attention over something else than this cache
     }
@@ -55,11 +63,12 @@ ggml_tensor * llama_csp_build_attn(
         const auto *  input = find_or_add_input(graph, csp);
         const int64_t n_row = input->rows->ne[0];
 
-        ggml_tensor * last = ggml_view_3d(graph.ctx0, q, q->ne[0], q->ne[1], n_row, q->nb[1], q->nb[2], (q->ne[2] - n_row)*q->nb[2]);
+        ggml_tensor * last =
+            ggml_view_3d(graph.ctx0, q, q->ne[0], q->ne[1], n_row, q->nb[1], q->nb[2], (q->ne[2] - n_row) * q->nb[2]);
         if (!ggml_is_contiguous(last)) {
             last = ggml_cont(graph.ctx0, last);
         }
-        last = ggml_reshape_2d(graph.ctx0, last, q->ne[0]*q->ne[1], n_row);
+        last = ggml_reshape_2d(graph.ctx0, last, q->ne[0] * q->ne[1], n_row);
         ggml_build_forward_expand(graph.gf, ggml_set_rows(graph.ctx0, layer->ring, last, input->rows));
         layer->kq_scale = kq_scale;
     }
@@ -83,7 +92,7 @@ void llama_csp::push_queries(const llama_ubatch & ubatch, int64_t n_row, int64_t
         const uint32_t cell = ubatch_cells[ubatch.n_tokens - n_row + i];
         const uint32_t seen = ctx->get_causal_attn() ? cell : *last;
 
-        rows[i]             = serial % n_window;
-        ring[rows[i]]       = { serial, (int32_t) cell, (int32_t) seen + 1, cell_tag[cell] };
+        rows[i]       = serial % n_window;
+        ring[rows[i]] = { serial, (int32_t) cell, (int32_t) seen + 1, cell_tag[cell] };
     }
 }

@@ -157,11 +157,11 @@ llama_csp::llama_csp(llama_context * ctx, llama_kv_cache * kv, llama_csp_params 
         const int64_t head_dim_k = hparams.n_embd_head_k(kv_layer.il);
         const int64_t head_dim_v = hparams.n_embd_head_v(kv_layer.il);
 
-        ggml_context_ptr layer_ctx{ ggml_init({ 2*ggml_tensor_overhead(), nullptr, /*.no_alloc =*/ true }) };
+        ggml_context_ptr layer_ctx{ ggml_init({ 2 * ggml_tensor_overhead(), nullptr, /*.no_alloc =*/true }) };
         if (!layer_ctx) {
             throw std::bad_alloc();
         }
-        ggml_tensor * q_ring = ggml_new_tensor_2d(layer_ctx.get(), GGML_TYPE_F32, head_dim_k*n_head, n_window);
+        ggml_tensor * q_ring = ggml_new_tensor_2d(layer_ctx.get(), GGML_TYPE_F32, head_dim_k * n_head, n_window);
         ggml_tensor * sinks  = ggml_new_tensor_1d(layer_ctx.get(), GGML_TYPE_F32, n_head);
         ggml_format_name(q_ring, "csp_ring_l%u", kv_layer.il);
         ggml_format_name(sinks, "csp_sinks_l%u", kv_layer.il);
@@ -173,7 +173,8 @@ llama_csp::llama_csp(llama_context * ctx, llama_kv_cache * kv, llama_csp_params 
         }
         ggml_backend_buffer_clear(buf.get(), 0); // rows that hold no query yet are read as zeros
 
-        layers.push_back({ (int32_t) kv_layer.il, kv_layer.k, kv_layer.v, q_ring, sinks, head_dim_k, head_dim_v, 0.0f });
+        layers.push_back(
+            { (int32_t) kv_layer.il, kv_layer.k, kv_layer.v, q_ring, sinks, head_dim_k, head_dim_v, 0.0f });
         ctxs.push_back(std::move(layer_ctx));
         bufs.push_back(std::move(buf));
     }
@@ -195,7 +196,7 @@ void llama_csp::drop_graphs() {
 }
 
 llama_csp_params llama_csp_default_params(void) {
-    return { /*.n_window =*/ 32, /*.n_modality =*/ 3 };
+    return { /*.n_window =*/32, /*.n_modality =*/3 };
 }
 
 int32_t llama_csp_init(llama_context * ctx, llama_csp_params params, llama_csp ** csp) {
@@ -207,10 +208,12 @@ int32_t llama_csp_init(llama_context * ctx, llama_csp_params params, llama_csp *
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "ctx is NULL");
     }
     if (params.n_window < 1 || params.n_window > (int32_t) ctx->n_ctx()) {
-        return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "n_window is %d, allowed are 1 .. %u (n_ctx)", params.n_window, ctx->n_ctx());
+        return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "n_window is %d, allowed are 1 .. %u (n_ctx)", params.n_window,
+                              ctx->n_ctx());
     }
     if (params.n_modality < 2 || params.n_modality > LLAMA_CSP_MODALITY_MAX) {
-        return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "n_modality is %d, allowed are 2 .. %d", params.n_modality, LLAMA_CSP_MODALITY_MAX);
+        return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "n_modality is %d, allowed are 2 .. %d", params.n_modality,
+                              LLAMA_CSP_MODALITY_MAX);
     }
 
     llama_kv_cache *  kv     = nullptr;
@@ -319,11 +322,11 @@ int32_t llama_csp::check_sequence() const {
 }
 
 llama_pos llama_csp::pos_at(size_t row, int32_t cell) const {
-    return cell < n_last_kept ? kept_pos[row*n_last_kept + cell] : kv_cells().pos_get(cell);
+    return cell < n_last_kept ? kept_pos[row * n_last_kept + cell] : kv_cells().pos_get(cell);
 }
 
 uint8_t llama_csp::tag_at(size_t row, int32_t cell) const {
-    return cell < n_last_kept ? kept_tag[row*n_last_kept + cell] : cell_tag[cell];
+    return cell < n_last_kept ? kept_tag[row * n_last_kept + cell] : cell_tag[cell];
 }
 
 void llama_csp::synchronize() const {
@@ -355,14 +358,14 @@ int32_t llama_csp_get_info(const llama_csp * csp, llama_csp_info * info) {
     const auto    valid  = [&](const llama_csp_query & q) { return q.serial >= 0 && q.cell < n_cell; };
 
     *info = {
-        /*.n_layer    =*/ (int32_t) csp->layers.size(),
-        /*.n_head     =*/ csp->n_head,
-        /*.n_head_kv  =*/ csp->n_head_kv,
-        /*.n_modality =*/ csp->n_modality,
-        /*.n_cell_max =*/ (int32_t) csp->kv->get_size(),
-        /*.n_cell     =*/ n_cell,
-        /*.n_kept     =*/ csp->n_kept(),
-        /*.n_window   =*/ (int32_t) std::count_if(csp->ring.begin(), csp->ring.end(), valid),
+        /*.n_layer    =*/(int32_t) csp->layers.size(),
+        /*.n_head     =*/csp->n_head,
+        /*.n_head_kv  =*/csp->n_head_kv,
+        /*.n_modality =*/csp->n_modality,
+        /*.n_cell_max =*/(int32_t) csp->kv->get_size(),
+        /*.n_cell     =*/n_cell,
+        /*.n_kept     =*/csp->n_kept(),
+        /*.n_window   =*/(int32_t) std::count_if(csp->ring.begin(), csp->ring.end(), valid),
     };
     return LLAMA_CSP_OK;
 }
@@ -372,7 +375,8 @@ int32_t llama_csp_set_modality(llama_csp * csp, int32_t modality) {
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "csp is NULL");
     }
     if (modality != LLAMA_CSP_MODALITY_AUTO && (modality < 0 || modality >= csp->n_modality)) {
-        return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "modality is %d, allowed are -1 (automatic) and 0 .. %d", modality, csp->n_modality - 1);
+        return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "modality is %d, allowed are -1 (automatic) and 0 .. %d",
+                              modality, csp->n_modality - 1);
     }
     csp->modality = modality;
     return LLAMA_CSP_OK;
@@ -383,13 +387,15 @@ int32_t llama_csp_set_softmax_n(llama_csp * csp, const float * softmax_n, size_t
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "csp or softmax_n is NULL");
     }
     const size_t n_head = csp->n_head;
-    const size_t n_all  = csp->layers.size()*n_head;
+    const size_t n_all  = csp->layers.size() * n_head;
     if (n_value != 1 && n_value != n_all) {
-        return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "n_value is %zu, allowed are 1 and %zu (n_layer*n_head)", n_value, n_all);
+        return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "n_value is %zu, allowed are 1 and %zu (n_layer*n_head)", n_value,
+                              n_all);
     }
     for (size_t i = 0; i < n_value; ++i) {
         if (!(softmax_n[i] >= 0.0f) || !std::isfinite(softmax_n[i])) {
-            return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "softmax_n[%zu] is %g, allowed are finite values >= 0", i, softmax_n[i]);
+            return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "softmax_n[%zu] is %g, allowed are finite values >= 0", i,
+                                  softmax_n[i]);
         }
     }
 
@@ -397,9 +403,9 @@ int32_t llama_csp_set_softmax_n(llama_csp * csp, const float * softmax_n, size_t
     std::vector<float> logits(n_head); // ln n; -inf where n = 0, which adds exp(-inf) = 0 to the denominator
     for (size_t i = 0; i < csp->layers.size(); ++i) {
         for (size_t h = 0; h < n_head; ++h) {
-            logits[h] = std::log(softmax_n[n_value == 1 ? 0 : i*n_head + h]);
+            logits[h] = std::log(softmax_n[n_value == 1 ? 0 : i * n_head + h]);
         }
-        ggml_backend_tensor_set(csp->layers[i].sinks, logits.data(), 0, n_head*sizeof(float));
+        ggml_backend_tensor_set(csp->layers[i].sinks, logits.data(), 0, n_head * sizeof(float));
     }
 
     const bool use_sinks = std::any_of(softmax_n, softmax_n + n_value, [](float n) { return n > 0.0f; });
@@ -415,8 +421,9 @@ int32_t llama_csp_cells(const llama_csp * csp, int32_t * pos, uint8_t * tag, siz
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "csp is NULL");
     }
     const size_t n_cell = csp->n_cell();
-    if (n_value != csp->n_row()*n_cell) {
-        return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "n_value is %zu, needed are %zu (n_layer*n_head_kv*n_cell)", n_value, csp->n_row()*n_cell);
+    if (n_value != csp->n_row() * n_cell) {
+        return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "n_value is %zu, needed are %zu (n_layer*n_head_kv*n_cell)",
+                              n_value, csp->n_row() * n_cell);
     }
     if (n_cell == 0) {
         return LLAMA_CSP_OK;
@@ -427,10 +434,10 @@ int32_t llama_csp_cells(const llama_csp * csp, int32_t * pos, uint8_t * tag, siz
     for (size_t row = 0; row < csp->n_row(); ++row) {
         for (size_t cell = 0; cell < n_cell; ++cell) {
             if (pos) {
-                pos[row*n_cell + cell] = csp->pos_at(row, cell);
+                pos[row * n_cell + cell] = csp->pos_at(row, cell);
             }
             if (tag) {
-                tag[row*n_cell + cell] = csp->tag_at(row, cell);
+                tag[row * n_cell + cell] = csp->tag_at(row, cell);
             }
         }
     }
@@ -455,7 +462,7 @@ struct state_header {
 constexpr char STATE_MAGIC[8] = { 'c', 's', 'p', 's', 't', 'a', 't', '1' };
 
 size_t state_size(const state_header & h) {
-    return sizeof(h) + (size_t) h.n_layer*h.n_head_kv*h.n_kept*(sizeof(int32_t) + 1) + (h.n_cell - h.n_kept);
+    return sizeof(h) + (size_t) h.n_layer * h.n_head_kv * h.n_kept * (sizeof(int32_t) + 1) + (h.n_cell - h.n_kept);
 }
 
 state_header make_header(const llama_csp & csp) {
@@ -486,9 +493,9 @@ size_t llama_csp_state_get_data(const llama_csp * csp, uint8_t * dst, size_t siz
             dst += n;
         }
     };
-    const size_t n_value = csp->n_row()*h.n_kept;
+    const size_t n_value = csp->n_row() * h.n_kept;
     put(&h, sizeof(h));
-    put(csp->kept_pos.data(), n_value*sizeof(int32_t));
+    put(csp->kept_pos.data(), n_value * sizeof(int32_t));
     put(csp->kept_tag.data(), n_value);
     put(csp->cell_tag.data() + h.n_kept, h.n_cell - h.n_kept);
     return state_size(h);
@@ -508,11 +515,12 @@ int32_t llama_csp_state_set_data(llama_csp * csp, const uint8_t * src, size_t si
     }
     if (h.n_layer != (int32_t) csp->layers.size() || h.n_head_kv != csp->n_head_kv) {
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "state of another model: %d layers x %d KV heads, here %zu x %d",
-                h.n_layer, h.n_head_kv, csp->layers.size(), csp->n_head_kv);
+                              h.n_layer, h.n_head_kv, csp->layers.size(), csp->n_head_kv);
     }
     if (h.n_cell != csp->n_cell() || h.n_kept < 0 || h.n_kept > h.n_cell) {
-        return llama_csp_fail(LLAMA_CSP_ERR_STATE, "state has %d cells (%d kept), the cache %d: restore the sequence first",
-                h.n_cell, h.n_kept, csp->n_cell());
+        return llama_csp_fail(LLAMA_CSP_ERR_STATE,
+                              "state has %d cells (%d kept), the cache %d: restore the sequence first", h.n_cell,
+                              h.n_kept, csp->n_cell());
     }
     if (size != state_size(h)) {
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "state has %zu bytes, needed are %zu", size, state_size(h));
@@ -523,19 +531,20 @@ int32_t llama_csp_state_set_data(llama_csp * csp, const uint8_t * src, size_t si
         }
     }
 
-    const size_t n_value = csp->n_row()*h.n_kept;
+    const size_t n_value = csp->n_row() * h.n_kept;
     try {
         std::vector<int32_t> pos(n_value);
-        const uint8_t *      tag = src + sizeof(h) + n_value*sizeof(int32_t);
+        const uint8_t *      tag = src + sizeof(h) + n_value * sizeof(int32_t);
         if (n_value > 0) {
-            memcpy(pos.data(), src + sizeof(h), n_value*sizeof(int32_t));
+            memcpy(pos.data(), src + sizeof(h), n_value * sizeof(int32_t));
         }
         for (int32_t j = 0; j < h.n_kept; ++j) {
             llama_pos max = -1;
             for (size_t row = 0; row < csp->n_row(); ++row) {
-                const size_t i = row*h.n_kept + j;
+                const size_t i = row * h.n_kept + j;
                 if (pos[i] < (j > 0 ? pos[i - 1] : 0)) {
-                    return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "state has positions that do not ascend (row %zu, cell %d)", row, j);
+                    return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT,
+                                          "state has positions that do not ascend (row %zu, cell %d)", row, j);
                 }
                 max = std::max(max, pos[i]);
             }
@@ -544,7 +553,8 @@ int32_t llama_csp_state_set_data(llama_csp * csp, const uint8_t * src, size_t si
             }
         }
         if (std::any_of(tag, src + size, [&](uint8_t t) { return t >= csp->n_modality; })) {
-            return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "state has a tag above %d (n_modality - 1)", csp->n_modality - 1);
+            return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "state has a tag above %d (n_modality - 1)",
+                                  csp->n_modality - 1);
         }
         csp->kept_tag.assign(tag, tag + n_value);
         csp->kept_pos = std::move(pos);
