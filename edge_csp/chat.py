@@ -35,7 +35,7 @@ FALLBACK_TEMPLATE = """\
 {%- for message in messages %}
 {%- if message.role == 'system' %}{{ message.content + '\n\n' }}
 {%- elif message.role == 'user' %}{{ 'USER: ' + message.content + '\n' }}
-{%- else %}{{ 'ASSISTANT: ' + message.content + eos_token + '\n' }}
+{%- else %}{{ 'ASSISTANT: ' + message.content | trim + eos_token + '\n' }}
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""

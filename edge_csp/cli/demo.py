@@ -63,7 +63,7 @@ class Row:
 def command(
     context: ContextOptions,
     pruning: PruningOptions = PRUNING,
-    threads: Threads = -1,
+    threads: Threads = 1,  # more only wait for each other in a model of this size
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Show pruning on the embedded model and album: the same questions with the full cache and with the budget.

@@ -83,6 +83,14 @@ def test_parts_are_joined_as_in_llama_cpp() -> None:
     assert chat.render([user(*parts)], False) == "<user>a\nb<__media__>c<__media__><__media__>d\ne</>"
 
 
+def test_plain_template_goes_on_from_an_answer() -> None:
+    """Models of this form begin an answer with a blank: the next prompt goes on from the tokens that were evaluated."""
+    chat = ChatTemplate(None, eos_token="</s>")
+    first = chat.render([user("Hi")])
+    messages = [user("Hi"), {"role": "assistant", "content": " Hello."}, user("Bye")]
+    assert chat.delta(first + " Hello.", messages) == "</s>\nUSER: Bye\nASSISTANT:"
+
+
 def test_variables_and_whitespace_of_transformers() -> None:
     source = """\
 {% for m in messages %}

@@ -100,7 +100,7 @@ def test_equals_python(
 @pytest.mark.parametrize("cross_ratio", [0, 0.1, 0.5, 0.9, 1])
 def test_equals_the_policy(cells: Cells, cross_ratio: float) -> None:
     scores = np.random.default_rng(3).random((2, 2, 3, N_CELL), np.float32)
-    policy = CspPolicy(cross_ratio)
+    policy = CspPolicy(cross_ratio, pool=1)
     protected = np.zeros((2, 2, N_CELL), np.bool_)
     protected[..., :2] = protected[..., -5:] = True
     k_self, k_cross = policy.shares(20 - 5)

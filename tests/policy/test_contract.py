@@ -16,8 +16,8 @@ from edge_csp.policy.base import BoolArray
 
 VARIANTS: list[Policy] = [
     *(policy() for policy in POLICIES.values()),
-    CspPolicy(cross_ratio=0),
-    CspPolicy(cross_ratio=1, pool=5),
+    CspPolicy(cross_ratio=0, pool=1),
+    CspPolicy(cross_ratio=1),
     RandomPolicy(seed=7),
 ]
 

@@ -188,7 +188,7 @@ def test_policy_is_the_kernel_with_the_shares_of_the_budget() -> None:
     protected[1, 0, 20:23] = True
     assert n_recent(protected) == 10
     assert n_recent(np.ones((1, 1, 5), np.bool_)) == 5
-    cells = CspPolicy(cross_ratio=0.3).select(observation, 40, protected)
+    cells = CspPolicy(cross_ratio=0.3, pool=1).select(observation, 40, protected)
     keep = kernels.csp_select(observation.score_self, observation.score_cross, protected, 21, 9, 40)
     assert np.array_equal(cells, np.nonzero(keep)[-1].reshape(2, 2, 40))
 
@@ -205,5 +205,5 @@ def test_pooling_keeps_neighbours() -> None:
     scores[..., 8] = 1
     observation = Observation(scores, np.zeros((1, 1, 20), np.uint8), np.zeros((1, 1, 20), np.int32))
     nothing = np.zeros((1, 1, 20), np.bool_)
-    assert CspPolicy(0).select(observation, 4, nothing).tolist() == [[[0, 1, 8, 19]]]
+    assert CspPolicy(0, pool=1).select(observation, 4, nothing).tolist() == [[[0, 1, 8, 19]]]
     assert CspPolicy(0, pool=3).select(observation, 4, nothing).tolist() == [[[7, 8, 9, 19]]]
