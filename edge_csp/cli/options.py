@@ -142,7 +142,11 @@ class PruningOptions:
     ] = None
     pool: Annotated[
         int | None,
-        _pruning("--pool", metavar="N", help="csp: average scores over N neighbouring cells; odd; 1: off, as published [default: 5]."),
+        _pruning(
+            "--pool",
+            metavar="N",
+            help="csp: average scores over N neighbouring cells; odd; 1: off, as published [default: 5].",
+        ),
     ] = None
     softmax_n: Annotated[float, _pruning("--softmax-n", metavar="N", help="n of the softmax that scores.")] = 1.0
     n_obs: Annotated[int, _pruning("--n-obs", metavar="N", min=1, help="Last queries, which vote.")] = 32
