@@ -21,7 +21,7 @@ import numpy as np
 from edge_csp.budget import Budget, parse_budget, protected_cells
 from edge_csp.chat import ChatTemplate, Message
 from edge_csp.context import Context
-from edge_csp.errors import ContextError
+from edge_csp.errors import ContextError, NativeError, TemplateError
 from edge_csp.images import Picture
 from edge_csp.model import Part, PicturePart, Progress, TokenPart, VisionModel
 from edge_csp.policy import CspPolicy, Policy, make_policy
@@ -266,14 +266,23 @@ class Session:
         protected[..., :n_sink] = True
         protected[..., n_cell - n_recent :] = True
         cells = pruning.policy.select(observation, budget, protected)
-        self.context.keep(cells)
+        try:
+            self.context.keep(cells)
+        except NativeError:
+            self._forget_cells()  # they may be half moved
+            raise
         n_evicted = n_cell - int(cells.shape[-1])
         self.counters.evict_s += time.perf_counter() - started
         self.counters.n_evicted += n_evicted
         return n_evicted
 
     def generate(self, *, n_predict: int = -1) -> Generator[str, None, None]:
-        """Stream an answer after prefill(), in whole characters; `finish_reason` tells why it ended."""
+        """Stream an answer after prefill(), in whole characters; `finish_reason` tells why it ended.
+
+        Raises TemplateError if the prompt does not end with text: only text tokens have logits to sample.
+        """
+        if not self._items or self._items[-1].part is not None:
+            raise TemplateError("the prompt does not end with text, so there is nothing to answer")
         prompt_tokens = [item.key for item in self._items if isinstance(item.key, int)]
         sampler = Sampler(self.sampling, self.model, prompt_tokens)
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -321,8 +330,11 @@ class Session:
 
     def clear(self) -> None:
         """Start anew, with the same system message."""
-        self.context.clear()
+        self._forget_cells()
         self.messages = list(self._system)
+
+    def _forget_cells(self) -> None:
+        self.context.clear()
         self._items, self._text = [], ""
 
     @property

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from edge_csp import Context, Picture, Pruning, Sampling, Session, VisionModel, load_picture, make_policy, parse_budget
-from edge_csp.errors import BudgetError, ContextError, ModelError
+from edge_csp.chat import ChatTemplate
+from edge_csp.errors import BudgetError, ContextError, ModelError, NativeError, TemplateError
 
 GREEDY = Sampling(temperature=0)
 
@@ -222,3 +223,27 @@ def test_pruned_model_on_a_context_without_pruning(model: VisionModel) -> None:
 def test_a_context_beyond_the_memory_is_refused(model: VisionModel) -> None:
     with pytest.raises(ContextError, match=r"1000000000 cells takes \d+ bytes"):
         Context(model, n_ctx=10**9)
+
+
+def test_a_failed_eviction_starts_over(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(cells: np.ndarray) -> None:
+        raise NativeError("the device is gone", status=-5)
+
+    chat = session(context, "25%")
+    with monkeypatch.context() as patch:
+        patch.setattr(context, "keep", fail)
+        with pytest.raises(NativeError):
+            ask(chat, "What is in picture 1?", picture(1))
+    assert chat.messages == []
+    assert chat.n_token == context.n_cell == 0
+    ask(chat, "What is in picture 1?", picture(1))
+    assert chat.counters.n_turn == 1
+
+
+def test_there_must_be_text_to_answer(context: Context) -> None:
+    chat = session(context)
+    with pytest.raises(TemplateError, match="does not end with text"):
+        next(chat.generate())
+    chat.template = ChatTemplate("{{ messages[0].content }}")  # no head of an answer after the picture
+    with pytest.raises(TemplateError, match="does not end with text"):
+        ask(chat, "", picture(1))
