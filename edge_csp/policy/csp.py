@@ -19,7 +19,7 @@ class CspPolicy(Policy):
     """Two rankings share the budget: attention from a cell's own modality, and from all other modalities.
 
     Source: arXiv 2412.04652, with the rules of llama_csp_select() (see kernels.csp_select), and scores averaged over
-    neighbours, as SnapKV (arXiv 2404.14469) does: on the embedded model this never lost and won most at small budgets.
+    neighbours, as SnapKV (arXiv 2404.14469) does.
 
     cross_ratio: share of the past cells that the ranking by other modalities gets, 0 .. 1
     pool:        average the scores over this many neighbouring cells first (odd); 1 is off, and is the published rule
