@@ -13,9 +13,4 @@ ROOT = Path(__file__).parent.parent
 def demo_files() -> tuple[Path, Path]:
     """The embedded model and its mmproj."""
     folder = ROOT / "edge_csp" / "demo"
-    if not (folder / "demo-text-f16.gguf").exists():
-        folder = ROOT.parent / "shared" / "models"
-        if not folder.exists():
-            pytest.skip("no model to test with")
-        return folder / "bootstrap-text-f16.gguf", folder / "bootstrap-mmproj-f16.gguf"
     return folder / "demo-text-f16.gguf", folder / "demo-mmproj-f16.gguf"
