@@ -153,6 +153,11 @@ class Session:
         self._pins = _Pins()
 
     @property
+    def n_cell_max(self) -> int:
+        """Cells that the conversation may fill at any time."""
+        return self._pruner.n_cell_max
+
+    @property
     def pruning(self) -> Pruning:
         """What is evicted and when; a new one counts from the next prompt on."""
         return self._pruner.pruning
@@ -236,7 +241,7 @@ class Session:
         n_trained = self.model.info.n_ctx_train
         if not 0 < n_trained < n_pos:
             return
-        words = f"position {n_pos} lies beyond the trained context of {n_trained}"
+        words = f"the conversation has {n_pos} positions, more than the trained context of {n_trained}"
         if self.past_trained == "stop":
             raise ContextError(f"{words}: start anew, or go on at your own risk (--past-trained continue)")
         if not self._told_trained:
@@ -551,7 +556,7 @@ def open_session(
         )
         if cells is not None:
             bound = parse_budget(cells) if isinstance(cells, str) else cells
-            n_cell = _bounded_cells(bound, opened, cells_of, **context)
+            n_cell = bounded_cells(bound, opened, cells_of, **context)
             pruning, context["n_ctx"] = replace(pruning, cells=n_cell), n_cell
         session = Session(
             stack.enter_context(Context(opened, n_window=pruning.n_obs, **context)),
@@ -565,8 +570,11 @@ def open_session(
         yield session
 
 
-def _bounded_cells(bound: Budget, model: VisionModel, prompt: Sequence[Message], **context: Any) -> int:
-    """Cells of a bounded cache. Raises ContextError for a share of nothing, and below MIN_CELLS."""
+def bounded_cells(bound: Budget, model: VisionModel, prompt: Sequence[Message], **context: Any) -> int:
+    """Cells of a cache that is bounded to cells, bytes or a share of a prompt.
+
+    Raises ContextError for a share of nothing, and below MIN_CELLS.
+    """
     n_prompt = 0
     if bound.kind == "ratio":
         if not prompt:
