@@ -205,9 +205,7 @@ class Chat:
             else:
                 write("\n")
                 if self.session.finish_reason == "full":
-                    say(
-                        "the context is full: /undo, /clear, or start again with a larger (-c) or a bounded one (--cells)"
-                    )
+                    say("the context is full: /undo, /clear, or start anew with a larger (-c) or bounded (--cells) one")
                 elif self.session.finish_reason == "trained":
                     say("the context that the model was trained on is full: /undo or /clear (--past-trained stop)")
             finally:
@@ -251,9 +249,8 @@ class Chat:
         if argument:
             session.pruning = replace(session.pruning, budget=parse_budget(argument))
             say("from the next message on; what was evicted does not come back")
-        print(
-            f"budget {session.pruning.budget or 'all that fits'}, policy {session.pruning.policy.name}; {kept_line(session)}"
-        )
+        budget = session.pruning.budget or "all that fits"
+        print(f"budget {budget}, policy {session.pruning.policy.name}; {kept_line(session)}")
 
     def pin(self, argument: str) -> None:
         self._pin(argument, True)
