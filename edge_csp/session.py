@@ -24,6 +24,7 @@ from typing import Any
 from edge_csp.budget import Budget, parse_budget
 from edge_csp.chat import ChatTemplate, Message
 from edge_csp.context import CELL_PAD, Context, bytes_per_cell
+from edge_csp.embeddings import EmbeddingCache
 from edge_csp.errors import ContextError, NativeError, TemplateError
 from edge_csp.images import Picture
 from edge_csp.model import Part, PicturePart, Progress, TokenPart, VisionModel
@@ -47,7 +48,9 @@ class Counters:
     n_picture: int = 0
     """Picture parts evaluated."""
     n_encoded: int = 0
-    """Picture parts that went through the encoder; the others came from memory."""
+    """Picture parts that went through the encoder; the others came from memory or from disk."""
+    n_from_disk: int = 0
+    """Picture parts whose embeddings came from disk."""
     n_generated: int = 0
     n_eviction: int = 0
     n_evicted: int = 0
@@ -399,7 +402,7 @@ class Session:
 
     def _evaluate_picture(self, part: PicturePart) -> None:
         started = time.perf_counter()
-        n_encoded, evict_s = self.model.n_encoded, self.counters.evict_s
+        n_encoded, n_from_disk, evict_s = self.model.n_encoded, self.model.n_from_disk, self.counters.evict_s
         self._report("encode", 0.0)
         embeddings = self.model.encode(part)
         encoded = time.perf_counter()
@@ -413,6 +416,7 @@ class Session:
         self.counters.encode_s += encoded - started
         self.counters.prefill_s += time.perf_counter() - encoded - (self.counters.evict_s - evict_s)
         self.counters.n_encoded += self.model.n_encoded - n_encoded
+        self.counters.n_from_disk += self.model.n_from_disk - n_from_disk
         self.counters.n_picture += 1
         self.counters.n_picture_cell += part.n_cell
 
@@ -567,6 +571,7 @@ def open_session(
     n_gpu_layers: int = -1,
     n_threads: int | None = None,
     use_mmap: bool = True,
+    embedding_cache: EmbeddingCache | None = None,
     on_progress: Progress | None = None,
     on_notice: Callable[[str], None] | None = None,
     **context: Any,
@@ -593,6 +598,7 @@ def open_session(
                 n_gpu_layers=n_gpu_layers,
                 n_threads=n_threads,
                 use_mmap=use_mmap,
+                embedding_cache=embedding_cache,
                 on_progress=on_progress,
             )
         )
