@@ -24,6 +24,7 @@ from edge_csp.embeddings import EmbeddingCache
 from edge_csp.errors import ModelError
 from edge_csp.images import Picture
 from edge_csp.metadata import GgufInfo, check_pair, find_mmproj, read_info
+from edge_csp.rpc import Servers
 
 Progress = Callable[[str, float], None]
 """Called with what is done ("load", "encode", "prefill") and the part that is done, 0 .. 1."""
@@ -70,17 +71,20 @@ class VisionModel:
         n_gpu_layers: int = -1,
         n_threads: int | None = None,
         use_mmap: bool = True,
+        rpc: Sequence[str] = (),
         embedding_cache: EmbeddingCache | None = None,
         on_progress: Progress | None = None,
     ) -> None:
         """Open a GGUF text model and its mmproj.
 
         mmproj: default the one `*mmproj*.gguf` beside the model; without any the model reads text only.
-        n_gpu_layers: layers on the GPU, -1 for all. n_threads: default the cores that this process may use.
-        embedding_cache: keeps embeddings of pictures on disk. The default keeps none: what a program is shown is not
-        written to the user's disk unless it asks for that (`edge-csp` asks).
+        n_gpu_layers: layers on GPUs and RPC servers, -1 for all. n_threads: default the cores that this process may
+        use. rpc: "host:port" of llama.cpp's RPC servers, which take layers and their cells as local GPUs do;
+        pictures are encoded here. embedding_cache: keeps embeddings of pictures on disk. The default keeps none: what a
+        program is shown is not written to the user's disk unless it asks for that (`edge-csp` asks).
 
-        Raises ModelError if a file is missing, damaged or of the wrong kind, or if the two do not fit each other.
+        Raises ModelError if a file is missing, damaged or of the wrong kind, if the two do not fit each other, or if a
+        server cannot be used. A server that goes away later ends the process: see rpc.py.
         """
         self.info: GgufInfo = read_info(path)
         mmproj = mmproj or (find_mmproj(path) if self.info.kind == "text" else None)
@@ -95,13 +99,18 @@ class VisionModel:
         """Picture parts that the encoder has computed."""
         self.n_from_disk = 0
         """Picture parts whose embeddings were on disk."""
+        self.offloaded = n_gpu_layers != 0 and (bool(rpc) or native.has_gpu())
+        """True if layers and their cells lie in other memory than the host's."""
         self._embeddings: OrderedDict[tuple[str, int], NDArray[np.float32]] = OrderedDict()
         self._embedding_cache = embedding_cache
         self._encoder_id = ""
+        self._servers: Servers | None = None
         self._llama: Any = None
         self._mtmd: Any = None
         native.silence_logs()
         try:
+            if rpc:
+                self._servers = Servers(rpc)
             self._load(n_gpu_layers, use_mmap, on_progress)
         except BaseException:
             self.close()
@@ -117,6 +126,8 @@ class VisionModel:
         params.n_gpu_layers = n_gpu_layers
         if not use_mmap:
             params.use_mmap = False
+        if self._servers:
+            params.devices = ctypes.cast(self._servers.devices, ctypes.c_void_p)
 
         stopped: list[BaseException] = []  # exceptions (Ctrl-C, say) cannot pass through C
 
@@ -166,6 +177,13 @@ class VisionModel:
     def handle(self) -> Any:
         """The llama_model pointer."""
         return self._llama
+
+    @property
+    def offload_memory(self) -> int | None:
+        """Bytes of the devices that hold layers and cells, None if that is not known."""
+        if self._servers and self.offloaded:
+            return self._servers.memory
+        return None if self.offloaded else 0
 
     @property
     def mtmd_handle(self) -> Any:
@@ -332,7 +350,9 @@ class VisionModel:
             import llama_cpp
 
             llama_cpp.llama_model_free(self._llama)
-        self._llama = self._mtmd = None
+        if self._servers:
+            self._servers.close()
+        self._llama = self._mtmd = self._servers = None
         self._embeddings.clear()
 
     def __enter__(self) -> VisionModel:

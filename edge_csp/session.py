@@ -571,6 +571,7 @@ def open_session(
     n_gpu_layers: int = -1,
     n_threads: int | None = None,
     use_mmap: bool = True,
+    rpc: Sequence[str] = (),
     embedding_cache: EmbeddingCache | None = None,
     on_progress: Progress | None = None,
     on_notice: Callable[[str], None] | None = None,
@@ -598,6 +599,7 @@ def open_session(
                 n_gpu_layers=n_gpu_layers,
                 n_threads=n_threads,
                 use_mmap=use_mmap,
+                rpc=rpc,
                 embedding_cache=embedding_cache,
                 on_progress=on_progress,
             )

@@ -64,6 +64,10 @@ class ModelOptions:
     gpu_layers: Annotated[
         int, _model("-ngl", "--gpu-layers", metavar="N", help="Layers on the GPU, if there is one; -1: all.")
     ] = -1
+    rpc: Annotated[
+        str | None,
+        _model("--rpc", metavar="HOST:PORT,…", help="RPC servers of llama.cpp that take layers as local GPUs do."),
+    ] = None
     no_mmap: Annotated[bool, _model("--no-mmap", help="Read the model into memory instead of mapping it.")] = False
     embedding_cache: Annotated[
         str,
@@ -101,6 +105,7 @@ class ModelOptions:
             "n_threads": self.threads if self.threads > 0 else None,
             "n_gpu_layers": self.gpu_layers,
             "use_mmap": not self.no_mmap,
+            "rpc": self.rpc.split(",") if self.rpc else (),
             "embedding_cache": self._embedding_cache(),
         }
 
