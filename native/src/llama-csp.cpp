@@ -81,8 +81,8 @@ void llama_csp_parallel(size_t n, int32_t n_thread, const std::function<void(siz
 // attach
 //
 
-// The cache of the full-attention layers, or null where it cannot be pruned. By typeid: a kind of memory that derives from
-// one of these would not be understood.
+// The cache of the full-attention layers, or null where there is none. By typeid: a kind of memory that derives from one
+// of these would not be understood.
 static llama_kv_cache * find_cache(llama_memory_i & memory) {
     if (typeid(memory) == typeid(llama_kv_cache)) {
         return static_cast<llama_kv_cache *>(&memory);
