@@ -304,12 +304,16 @@ void llama_csp_apply_ubatch(llama_csp *                                csp,
 
 void llama_csp_clear(llama_csp * csp) {
     for (auto & stream : csp->streams) {
+        std::fill(stream.cell_tag.begin(), stream.cell_tag.end(), LLAMA_CSP_MODALITY_TEXT); // of restored cells
         stream.n_last_kept = 0;
         stream.forget_queries(0);
     }
 }
 
 bool llama_csp_allow_rm(const llama_csp * csp, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    if (seq_id >= 0 && csp->find_stream(seq_id) == nullptr) {
+        return true; // upstream answers
+    }
     for (const auto & stream : csp->streams) {
         const int32_t n_kept = stream.n_kept();
         const auto &  cells  = *stream.cells;
