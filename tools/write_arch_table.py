@@ -28,12 +28,12 @@ pruned, {n_refused} are refused by `llama_csp_init` with the reason in the table
 table.
 
 - pruned: recording, and keeping all cells, changes no bit of the logits. Keeping the same cells in every layer and head
-  gives bit for bit what upstream's own `llama_memory_seq_rm` of the others gives. Both hold with and without flash
-  attention. Scores equal the rows of the graph's own softmax.
+  gives bit for bit what upstream's own `llama_memory_seq_rm` of the others gives (beside sliding windows without flash
+  attention to 1e-6: sums run in another order). Scores equal the rows of the graph's own softmax.
 - not pruned: the context computes on, bit for bit, as if nobody had asked.
 
-Memory is llama.cpp's class without `llama_`. Windows and recurrent states are never pruned, only the full attention
-beside them.
+All of that with and without flash attention. Memory is llama.cpp's class, without `llama_`. Windows and recurrent
+states are never pruned, only the full attention beside them.
 
 | architecture | memory | pruned | reason |
 |---|---|---|---|

@@ -7,11 +7,12 @@ it ends this process only.
 
 What a pruned model is compared with, always on a context that never had a csp:
 
-- keep of all cells, and recording: the same decodes, bit for bit.
-- the same cells kept in every layer and head: llama_memory_seq_rm of all others. That also takes them out of sliding
-  windows, which a csp leaves alone, so upstream's partial state (LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY: what is not plain
-  KV cache) is saved before the removal and restored after it. Recurrent states are untouched by a removal within the
-  past; there the same step changes nothing. The cells then lie elsewhere, and sums run in another order.
+- recording, and keep of all cells: the same decodes, bit for bit.
+- the same cells kept in every layer and head: llama_memory_seq_rm of all others. Saving and restoring the sequence then
+  closes the holes, so that the cells lie where keep puts them and even the order of sums is the same. seq_rm also
+  empties sliding windows, which a csp leaves alone: what llama.cpp calls partial state (windows and recurrent states)
+  is saved before the removal and restored last. Restored windows lie elsewhere; without flash attention that rounds
+  differently. How much is measured by the same steps with nothing removed: usually zero, and then bits are compared.
 - scores: the rows of the graph's own softmax (`kq_soft_max-<il>`), summed over the queries of a modality and averaged
   over the query heads of a KV head.
 """
@@ -40,6 +41,7 @@ N_PAST = sum(n for _, n in BATCHES)
 N_KEEP = 30
 N_WINDOW = 24  # both tags
 TOKENS = np.random.default_rng(1).integers(0, 96, N_PAST + 16)
+ALL_CELLS = np.arange(N_PAST, dtype=np.int32)
 UNSUPPORTED = -2
 PARTIAL_ONLY = 1
 
@@ -67,7 +69,7 @@ def examine(path: Path, flash: bool) -> Outcome:
             reason = check_refusal(runtime)
             if reason:
                 return Outcome(path.stem, flash, memory, "refused", reason)
-            check_keep(runtime)
+        check_keep(path, flash)
         if not flash:
             check_scores(path)
         return Outcome(path.stem, flash, memory, "pruned")
@@ -122,33 +124,36 @@ def check_refusal(runtime: Runtime) -> str:
         return ""
     except NativeError as error:
         check(error.status == UNSUPPORTED, f"attach fails with status {error.status}: {error}")
-        check_bits(past(runtime), expected, "decode after the refusal")
+        check_equal(past(runtime), expected, "decode after the refusal")
         reason = str(error).partition("cannot be pruned: ")[2]
         check(bool(reason), f"refused without a reason: {error}")
         return reason
 
 
-def check_keep(runtime: Runtime) -> None:
-    full_past, full = past(runtime), rest(runtime)
+def check_keep(path: Path, flash: bool) -> None:
     generator = np.random.default_rng(2)
-    cells = np.append(np.sort(generator.permutation(N_PAST - 1)[: N_KEEP - 1]), N_PAST - 1).astype(np.int32)
-    removed = removal(runtime, cells)
+    subset = np.append(np.sort(generator.permutation(N_PAST - 1)[: N_KEEP - 1]), N_PAST - 1).astype(np.int32)
+    with open_model(path, flash) as runtime:
+        full_past, full = past(runtime), rest(runtime)
+        noise = relative_error(removal(runtime, ALL_CELLS), full)
+        check(noise <= 1e-6, f"llama.cpp restores another state: {noise:.1e}")
+        removed = removal(runtime, subset)
 
-    runtime.clear()
-    csp = Csp.attach(runtime.ctx, n_window=N_WINDOW)
-    try:
-        check_bits(past(runtime, csp), full_past, "recording")
-        check_bits(rest(runtime), full, "recording")
-        past(runtime, csp)
-        keep(csp, np.arange(N_PAST, dtype=np.int32))
-        check_bits(rest(runtime), full, "keep of all cells")
-        past(runtime, csp)
-        keep(csp, cells)
-        kept = rest(runtime)
-    finally:
-        csp.close()
-    check_bits(kept, removed, "keep of a subset")
-    check(not np.array_equal(full, removed), "keep of a subset: nothing lost")
+        runtime.clear()
+        csp = Csp.attach(runtime.ctx, n_window=N_WINDOW)
+        try:
+            check_equal(past(runtime, csp), full_past, "recording")
+            check_equal(rest(runtime), full, "recording")
+            past(runtime, csp)
+            keep(csp, ALL_CELLS)
+            check_equal(rest(runtime), full, "keep of all cells")
+            past(runtime, csp)
+            keep(csp, subset)
+            check_equal(rest(runtime), removed, "keep of a subset", 10 * noise)
+        finally:
+            csp.close()
+    lost = relative_error(full, removed)
+    check(lost > 100 * noise, f"keep of a subset makes no difference: {lost:.1e}")
 
 
 def keep(csp: Csp, cells: npt.NDArray[np.int32]) -> None:
@@ -211,8 +216,7 @@ def check_scores(path: Path) -> None:
             scores = csp.scores(N_WINDOW, 0.0)
         finally:
             csp.close()
-    error = relative_error(scores, expected)
-    check(error <= 1e-5, f"scores: {error:.1e} from the graph's softmax")
+    check_equal(scores, expected, "scores", 1e-5)
 
 
 def cache_layers() -> list[int]:
@@ -226,10 +230,9 @@ def check(is_true: object, message: str) -> None:
         raise Wrong(message)
 
 
-def check_bits(actual: Array, expected: Array, what: str) -> None:
-    check(
-        actual.tobytes() == expected.tobytes(), f"{what}: {relative_error(actual, expected):.1e} from what it should be"
-    )
+def check_equal(actual: Array, expected: Array, what: str, tolerance: float = 0.0) -> None:
+    error = relative_error(actual, expected)
+    check(error <= tolerance, f"{what}: {error:.1e} from what it should be")
 
 
 def main() -> int:
