@@ -23,7 +23,7 @@ import ctypes
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,16 +36,15 @@ from edge_csp.native import IMAGE, TEXT, Csp
 from tests.native.cache import GraphTap
 from tests.oracle.runtime import Runtime, log_tail, relative_error
 
-BATCHES = [(TEXT, 40), (IMAGE, 20), (TEXT, 12)]  # the past: tag and tokens of every batch
-N_PAST = sum(n for _, n in BATCHES)
-N_KEEP = 30
-N_WINDOW = 24  # both tags
-TOKENS = np.random.default_rng(1).integers(0, 96, N_PAST + 16)
-ALL_CELLS = np.arange(N_PAST, dtype=np.int32)
+BATCHES = [(TEXT, 40), (IMAGE, 20), (TEXT, 12)]  # tag and tokens of what is decoded before anything is removed
+N_REST = 16  # tokens after that
+N_WINDOW = 24  # queries, of both tags
 UNSUPPORTED = -2
-PARTIAL_ONLY = 1
+PARTIAL_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 
 Array = npt.NDArray[np.float32]
+Cells = npt.NDArray[np.int32]
+State = ctypes.Array[ctypes.c_uint8]
 
 
 class Wrong(Exception):
@@ -61,29 +60,29 @@ class Outcome:
     reason: str = ""
 
 
-def examine(path: Path, flash: bool) -> Outcome:
+def examine(path: Path, flash: bool, batches: Sequence[tuple[int, int]] = BATCHES) -> Outcome:
     memory = ""
     try:
         with open_model(path, flash) as runtime:
             memory = memory_class(runtime)
-            reason = check_refusal(runtime)
-            if reason:
-                return Outcome(path.stem, flash, memory, "refused", reason)
-        check_keep(path, flash)
+            reason = Examination(runtime, batches).refusal()
+        if reason:
+            return Outcome(path.stem, flash, memory, "refused", reason)
+        with open_model(path, flash) as runtime:
+            Examination(runtime, batches).check_keep()
         if not flash:
-            check_scores(path)
-        return Outcome(path.stem, flash, memory, "pruned")
+            tap = GraphTap("kq_soft_max")
+            with open_model(path, flash, **tap.params) as runtime:
+                Examination(runtime, batches).check_scores(tap)
     except (Wrong, NativeError, RuntimeError) as error:
         return Outcome(path.stem, flash, memory, "wrong", str(error).partition("\n")[0])
+    return Outcome(path.stem, flash, memory, "pruned")
 
 
 def open_model(path: Path, flash: bool, **context_params: object) -> Runtime:
-    runtime = Runtime(path, n_ubatch=128, flash_attn=flash, context_params={"swa_full": False, **context_params})
-    if llama_cpp.llama_model_has_encoder(runtime.model):
-        tokens = (ctypes.c_int32 * 8)(*TOKENS[:8])
-        if llama_cpp.llama_encode(runtime.ctx, llama_cpp.llama_batch_get_one(tokens, 8)) != 0:
-            raise RuntimeError(f"llama_encode failed\n{log_tail()}")
-    return runtime
+    return Runtime(
+        path, n_ctx=512, n_ubatch=128, flash_attn=flash, context_params={"swa_full": False, **context_params}
+    )
 
 
 def memory_class(runtime: Runtime) -> str:
@@ -97,126 +96,125 @@ def memory_class(runtime: Runtime) -> str:
     return ctypes.string_at(read(type_info + word).value).decode().lstrip("0123456789").removeprefix("llama_")
 
 
-def past(runtime: Runtime, csp: Csp | None = None) -> Array:
-    """Decode the past from an empty cache."""
-    runtime.clear()
-    logits = []
-    for tag, n in BATCHES:
+class Examination:
+    """The checks of one context."""
+
+    def __init__(self, runtime: Runtime, batches: Sequence[tuple[int, int]]) -> None:
+        self.runtime = runtime
+        self.batches = batches
+        self.n_past = sum(n for _, n in batches)
+        generator = np.random.default_rng(1)
+        self.tokens = generator.integers(0, 96, self.n_past + N_REST)
+        self.all_cells = np.arange(self.n_past, dtype=np.int32)
+        self.subset = np.sort(np.append(generator.permutation(self.n_past - 1)[:30], self.n_past - 1)).astype(np.int32)
+
+    def past(self, csp: Csp | None = None) -> Array:
+        """Logits of the past, decoded into an empty cache."""
+        self.runtime.clear()
+        return np.concatenate([self.batch(tag, n, csp) for tag, n in self.batches])
+
+    def batch(self, tag: int, n: int, csp: Csp | None) -> Array:
         if csp is not None:
             csp.set_modality(tag)
-        logits.append(runtime.decode(TOKENS[runtime.n_past : runtime.n_past + n]))
-    return np.concatenate(logits)
+        return self.runtime.decode(self.tokens[self.runtime.n_past : self.runtime.n_past + n])
 
+    def rest(self) -> Array:
+        """Logits of what follows: of a batch, then of single tokens."""
+        tokens = self.tokens[self.n_past :]
+        return np.concatenate([self.runtime.decode(part) for part in (tokens[:10], *tokens[10:, None])])
 
-def rest(runtime: Runtime) -> Array:
-    """Decode what follows: a batch, then single tokens."""
-    batches = [TOKENS[N_PAST : N_PAST + 10], *TOKENS[N_PAST + 10 :, None]]
-    return np.concatenate([runtime.decode(tokens) for tokens in batches])
-
-
-def check_refusal(runtime: Runtime) -> str:
-    """The reason if csp refuses the model, after which it computes as before."""
-    expected = past(runtime)
-    check(np.isfinite(expected).all() and expected.std() > 0, "the model computes nothing")
-    runtime.clear()
-    try:
-        Csp.attach(runtime.ctx).close()
-        return ""
-    except NativeError as error:
-        check(error.status == UNSUPPORTED, f"attach fails with status {error.status}: {error}")
-        check_equal(past(runtime), expected, "decode after the refusal")
-        reason = str(error).partition("cannot be pruned: ")[2]
-        check(bool(reason), f"refused without a reason: {error}")
-        return reason
-
-
-def check_keep(path: Path, flash: bool) -> None:
-    generator = np.random.default_rng(2)
-    subset = np.append(np.sort(generator.permutation(N_PAST - 1)[: N_KEEP - 1]), N_PAST - 1).astype(np.int32)
-    with open_model(path, flash) as runtime:
-        full_past, full = past(runtime), rest(runtime)
-        noise = relative_error(removal(runtime, ALL_CELLS), full)
-        check(noise <= 1e-6, f"llama.cpp restores another state: {noise:.1e}")
-        removed = removal(runtime, subset)
-
-        runtime.clear()
-        csp = Csp.attach(runtime.ctx, n_window=N_WINDOW)
+    def refusal(self) -> str:
+        """The reason if csp refuses the model, after which it computes as before."""
+        expected = self.past()
+        check(np.isfinite(expected).all() and expected.std() > 0, "the model computes nothing")
+        self.runtime.clear()
         try:
-            check_equal(past(runtime, csp), full_past, "recording")
-            check_equal(rest(runtime), full, "recording")
-            past(runtime, csp)
-            keep(csp, ALL_CELLS)
-            check_equal(rest(runtime), full, "keep of all cells")
-            past(runtime, csp)
-            keep(csp, subset)
-            check_equal(rest(runtime), removed, "keep of a subset", 10 * noise)
+            Csp.attach(self.runtime.ctx).close()
+            return ""
+        except NativeError as error:
+            check(error.status == UNSUPPORTED, f"attach fails with status {error.status}: {error}")
+            reason = str(error).partition("cannot be pruned: ")[2]
+            check(reason, f"refused without a reason: {error}")
+            check_equal(self.past(), expected, "decode after the refusal")
+            return reason
+
+    def check_keep(self) -> None:
+        full_past, full = self.past(), self.rest()
+        noise = relative_error(self.removal(self.all_cells), full)
+        check(noise <= 1e-6, f"llama.cpp restores another state: {noise:.1e}")
+        removed = self.removal(self.subset)
+        self.runtime.clear()
+        csp = Csp.attach(self.runtime.ctx, n_window=N_WINDOW)
+        try:
+            check_equal(self.past(csp), full_past, "recording")
+            check_equal(self.rest(), full, "recording")
+            self.past(csp)
+            keep(csp, self.all_cells)
+            check_equal(self.rest(), full, "keep of all cells")
+            self.past(csp)
+            keep(csp, self.subset)
+            check_equal(self.rest(), removed, "keep of a subset", 10 * noise)
         finally:
             csp.close()
-    lost = relative_error(full, removed)
-    check(lost > 100 * noise, f"keep of a subset makes no difference: {lost:.1e}")
+        lost = relative_error(full, removed)
+        check(lost > 100 * noise, f"keep of a subset makes no difference: {lost:.1e}")
+
+    def removal(self, cells: Cells) -> Array:
+        """Logits of the rest after upstream's own removal of all positions but these, from the KV cache only."""
+        self.past()
+        partial = get_state(self.runtime, PARTIAL_ONLY)
+        has_partial = len(partial) < len(get_state(self.runtime, 0))
+        for begin, end in gaps(cells):
+            check(self.runtime.remove(begin, end), f"llama_memory_seq_rm refuses positions {begin} .. {end - 1}")
+        state = get_state(self.runtime, 0)
+        self.runtime.clear()
+        set_state(self.runtime, state, 0)
+        if has_partial:
+            set_state(self.runtime, partial, PARTIAL_ONLY)
+        self.runtime.n_past = self.n_past
+        return self.rest()
+
+    def check_scores(self, tap: GraphTap) -> None:
+        layers = cache_layers()
+        csp = Csp.attach(self.runtime.ctx, n_window=N_WINDOW)
+        try:
+            info = csp.info()
+            check(len(layers) == info.n_layer, f"{info.n_layer} layers, of the cache are {layers}")
+            expected = np.zeros((info.n_layer, info.n_head_kv, info.n_modality, self.n_past), np.float32)
+            for tag, n in self.batches:
+                self.batch(tag, n, csp)
+                n_vote = min(n, N_WINDOW - (self.n_past - self.runtime.n_past))
+                if n_vote > 0:
+                    rows = np.stack([tap.rows("kq_soft_max", il, info.n_head, n) for il in layers])
+                    votes = rows[:, :, n - n_vote :, : self.n_past].sum(axis=2)
+                    votes = votes.reshape(info.n_layer, info.n_head_kv, -1, votes.shape[-1]).mean(axis=2)
+                    expected[:, :, tag, : votes.shape[-1]] += votes
+            check_equal(csp.scores(N_WINDOW, 0.0), expected, "scores", 1e-5)
+        finally:
+            csp.close()
 
 
-def keep(csp: Csp, cells: npt.NDArray[np.int32]) -> None:
+def keep(csp: Csp, cells: Cells) -> None:
     info = csp.info()
     csp.keep(np.broadcast_to(cells, (info.n_layer, info.n_head_kv, len(cells))))
 
 
-def removal(runtime: Runtime, cells: npt.NDArray[np.int32]) -> Array:
-    """Logits of the rest after upstream's own removal of all positions but these, from the KV cache only."""
-    past(runtime)
-    partial = get_state(runtime, PARTIAL_ONLY)
-    has_partial = len(partial) < len(get_state(runtime, 0))
-    for begin, end in gaps(cells):
-        check(runtime.remove(begin, end), f"llama_memory_seq_rm refuses positions {begin} .. {end - 1}")
-    state = get_state(runtime, 0)
-    runtime.clear()
-    set_state(runtime, state, 0)
-    if has_partial:
-        set_state(runtime, partial, PARTIAL_ONLY)
-    runtime.n_past = N_PAST
-    return rest(runtime)
+def gaps(cells: Cells) -> Iterator[tuple[int, int]]:
+    for before, after in zip([-1, *cells[:-1]], cells, strict=True):
+        if before + 1 < after:
+            yield int(before) + 1, int(after)
 
 
-def get_state(runtime: Runtime, flags: int) -> ctypes.Array[ctypes.c_uint8]:
+def get_state(runtime: Runtime, flags: int) -> State:
     data = (ctypes.c_uint8 * llama_cpp.llama_state_seq_get_size_ext(runtime.ctx, 0, flags))()
     written = llama_cpp.llama_state_seq_get_data_ext(runtime.ctx, data, len(data), 0, flags)
     check(written == len(data), "llama.cpp does not save its state")
     return data
 
 
-def set_state(runtime: Runtime, data: ctypes.Array[ctypes.c_uint8], flags: int) -> None:
+def set_state(runtime: Runtime, data: State, flags: int) -> None:
     read = llama_cpp.llama_state_seq_set_data_ext(runtime.ctx, data, len(data), 0, flags)
     check(read == len(data), "llama.cpp does not restore its state")
-
-
-def gaps(cells: npt.NDArray[np.int32]) -> Iterator[tuple[int, int]]:
-    for before, after in zip([-1, *cells[:-1]], cells, strict=True):
-        if before + 1 < after:
-            yield int(before) + 1, int(after)
-
-
-def check_scores(path: Path) -> None:
-    tap = GraphTap("kq_soft_max")
-    with open_model(path, False, **tap.params) as runtime:
-        layers = cache_layers()
-        csp = Csp.attach(runtime.ctx, n_window=N_WINDOW)
-        try:
-            info = csp.info()
-            check(len(layers) == info.n_layer, f"{info.n_layer} layers, of the cache are {layers}")
-            expected = np.zeros((info.n_layer, info.n_head_kv, info.n_modality, N_PAST), np.float32)
-            for tag, n in BATCHES:
-                csp.set_modality(tag)
-                runtime.decode(TOKENS[runtime.n_past : runtime.n_past + n])
-                n_vote = min(n, N_WINDOW - (N_PAST - runtime.n_past))
-                if n_vote > 0:
-                    rows = np.stack([tap.rows("kq_soft_max", il, info.n_head, n) for il in layers])
-                    votes = rows[:, :, n - n_vote :, :N_PAST].sum(axis=2)
-                    votes = votes.reshape(info.n_layer, info.n_head_kv, -1, votes.shape[-1]).mean(axis=2)
-                    expected[:, :, tag, : votes.shape[-1]] += votes
-            scores = csp.scores(N_WINDOW, 0.0)
-        finally:
-            csp.close()
-    check_equal(scores, expected, "scores", 1e-5)
 
 
 def cache_layers() -> list[int]:

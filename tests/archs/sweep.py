@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -43,16 +44,17 @@ def run_sweep() -> Sweep:
 
 def examine_all(models: list[Path]) -> Iterator[Outcome]:
     """A process that crashes or hangs costs the outcome that it was at; the next process goes on behind it."""
+    environment = os.environ | {"GGML_NO_BACKTRACE": "1"}  # written by a debugger, where there is one
     todo = [(path, flash) for path in models for flash in (False, True)]
     while todo:
         batch = todo[:N_BATCH]
         command = [*WORKER, *(f"{path}:{int(flash)}" for path, flash in batch)]
         try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=TIMEOUT)
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=TIMEOUT)
             output, ending = done.stdout, f"exit status {done.returncode}: {_last_line(done.stderr)}"
         except subprocess.TimeoutExpired as error:
             output, ending = error.stdout or b"", f"no end after {TIMEOUT} s"
-        outcomes = [Outcome(**json.loads(line)) for line in output.splitlines()]
+        outcomes = [Outcome(**json.loads(line)) for line in output.splitlines() if line.startswith(b"{")]
         yield from outcomes
         todo = todo[len(outcomes) :]
         if len(outcomes) < len(batch):
