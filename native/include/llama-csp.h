@@ -7,7 +7,10 @@
 // Terms
 //   cell       one KV entry, shared by all layers. Cells are in token order: cell 0 holds the first token.
 //   window     the last queries of every layer; they vote on the cells that they saw.
-//   softmax n  p = exp(x) / (n + sum exp(x)); n = 0 is the ordinary softmax.
+//   softmax n  p = exp(x) / (n + sum exp(x)); n = 0 is the ordinary softmax. Where the model has a sink logit s of its own
+//              in a head (gpt-oss), it stays part of attention and of scores: p = exp(x) / (n + exp(s) + sum exp(x)).
+//   cache      The KV cache of the layers with full attention. Sliding windows and recurrent states beside it are left alone;
+//              llama_memory_seq_rm behind the kept cells follows what they allow, as upstream.
 //   sequence   Each has a stream of cells of its own (kv_unified = false), and is observed, scored, pruned and saved on its
 //              own. A unified cache has one stream: it can be pruned while it holds a single sequence, of any seq_id.
 //   After llama_csp_keep() cell j holds another token in every (layer, head); llama_csp_cells() tells which.

@@ -20,10 +20,14 @@ struct llama_csp_layer {
     ggml_tensor * k;     // [head_dim_k*n_head_kv, n_cell_max, n_stream]
     ggml_tensor * v;     // the same, or transposed: element (cell, i) of a stream at i*n_cell_max + cell
     ggml_tensor * ring;  // [head_dim_k*n_head, n_window, n_stream] f32, the last queries after RoPE
-    ggml_tensor * sinks; // [n_head] f32, ln n of the softmax in attention; used where `use_sinks`
+    ggml_tensor * sinks; // [n_head] f32, sink logits of the softmax in attention; used where `use_sinks`
     int64_t       head_dim_k;
     int64_t       head_dim_v;
-    float         kq_scale; // 0 until the layer has been built with a window
+
+    std::vector<float> model_sinks; // [n_head], the model's own sink logits s; or empty
+    float              kq_scale;    // 0 until the layer has been built with a window
+
+    float sink_logit(int64_t head, float n) const; // ln(n + exp(s)); -inf adds nothing to the softmax
 };
 
 // A query in the ring.

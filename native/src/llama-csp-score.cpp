@@ -67,13 +67,12 @@ void score_head_on_host(const llama_csp &            csp,
 
     llama_csp_host_head head;
     head.k = (const char *) layer.k->data + stream.index * layer.k->nb[2] + h * ggml_row_size(layer.k->type, head_dim);
-    head.k_stride  = layer.k->nb[1];
-    head.k_is_f16  = layer.k->type == GGML_TYPE_F16;
-    head.head_dim  = head_dim;
-    head.n_cell    = stream.n_cell();
-    head.scale     = layer.kq_scale;
-    head.softmax_n = softmax_n;
-    head.weight    = 1.0f / n_gqa;
+    head.k_stride = layer.k->nb[1];
+    head.k_is_f16 = layer.k->type == GGML_TYPE_F16;
+    head.head_dim = head_dim;
+    head.n_cell   = stream.n_cell();
+    head.scale    = layer.kq_scale;
+    head.weight   = 1.0f / n_gqa;
 
     const auto * ring = (const float *) ((const char *) layer.ring->data + stream.index * layer.ring->nb[2]);
 
@@ -89,6 +88,7 @@ void score_head_on_host(const llama_csp &            csp,
             head.q.push_back(dst);
             head.n_seen.push_back(std::min(stream.ring[r].n_seen, stream.n_cell()));
             head.tag.push_back(stream.ring[r].tag);
+            head.sink.push_back(layer.sink_logit(h * n_gqa + i, softmax_n));
         }
     }
     llama_csp_host_scores(head, csp.n_modality, scores);
@@ -107,7 +107,7 @@ struct score_graph {
     ggml_context_ptr ctx;
     ggml_cgraph *    graph = nullptr;
     ggml_tensor *    mask  = nullptr; // [n_pad, n_window]: 0 where a query saw the cell, else -inf
-    ggml_tensor *    sinks = nullptr; // [n_head]: ln n, or null
+    ggml_tensor *    sinks = nullptr; // [n_head]: sink logits, or null
     ggml_tensor *    votes = nullptr; // [n_modality, n_vote, n_head_kv], or [n_vote, n_modality, n_head_kv]
     ggml_tensor *    out   = nullptr; // [n_pad, n_modality, n_head_kv]
 };
@@ -173,12 +173,8 @@ struct score_inputs {
     std::vector<float> mask;    // [n_window][n_pad]
     std::vector<float> votes;   // [n_head_kv][n_vote][n_modality]
     std::vector<float> votes_t; // [n_head_kv][n_modality][n_vote]
-    std::vector<float> sinks;   // [n_head]
 
-    score_inputs(const llama_csp &            csp,
-                 const llama_csp_stream &     stream,
-                 const std::vector<int32_t> & voters,
-                 float                        softmax_n) {
+    score_inputs(const llama_csp & csp, const llama_csp_stream & stream, const std::vector<int32_t> & voters) {
         const int64_t n_pad  = padded_cells(stream);
         const int64_t n_gqa  = csp.n_head / csp.n_head_kv;
         const int64_t n_vote = csp.n_window * n_gqa;
@@ -186,7 +182,6 @@ struct score_inputs {
         mask.assign(n_pad * csp.n_window, -INFINITY);
         votes.assign(csp.n_head_kv * n_vote * csp.n_modality, 0.0f);
         votes_t.assign(votes.size(), 0.0f);
-        sinks.assign(csp.n_head, std::log(softmax_n));
 
         for (int64_t r = 0; r < csp.n_window; ++r) {
             mask[r * n_pad] = 0.0f; // a row must not be masked altogether, also where it does not vote
@@ -218,14 +213,19 @@ void score_layer_on_backend(const llama_csp &        csp,
                             float                    softmax_n,
                             score_way                way,
                             float *                  scores) {
-    score_graph g = build_score_graph(csp, stream, layer, backend, softmax_n > 0.0f, way);
+    const bool  use_sinks = softmax_n > 0.0f || !layer.model_sinks.empty();
+    score_graph g         = build_score_graph(csp, stream, layer, backend, use_sinks, way);
     if (!ggml_gallocr_alloc_graph(alloc, g.graph)) {
         throw std::bad_alloc();
     }
     set_input(g.mask, inputs.mask);
     set_input(g.votes, g.votes->ne[0] == csp.n_modality ? inputs.votes : inputs.votes_t);
     if (g.sinks) {
-        set_input(g.sinks, inputs.sinks);
+        std::vector<float> sinks(csp.n_head);
+        for (int64_t h = 0; h < csp.n_head; ++h) {
+            sinks[h] = layer.sink_logit(h, softmax_n);
+        }
+        set_input(g.sinks, sinks);
     }
     if (ggml_backend_graph_compute(backend, g.graph) != GGML_STATUS_SUCCESS) {
         throw std::runtime_error(std::string(ggml_backend_name(backend)) + " failed to compute the scores");
@@ -275,7 +275,7 @@ int32_t llama_csp::compute_scores(const llama_csp_stream & stream, int32_t n_obs
     });
 
     std::map<ggml_backend_t, ggml_gallocr_ptr> allocs; // compute buffers, shared by the layers of a backend
-    const score_inputs                         inputs(*this, stream, voters, softmax_n);
+    const score_inputs                         inputs(*this, stream, voters);
     for (const size_t i : backend_layers) {
         ggml_backend_t backend = backend_of(layers[i].k);
         auto &         alloc   = allocs[backend];

@@ -3,7 +3,10 @@
 #include "llama-csp-hooks.h"
 #include "llama-csp-impl.h"
 #include "llama-context.h"
+#include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -84,6 +87,15 @@ static llama_kv_cache * find_cache(llama_memory_i & memory) {
     if (typeid(memory) == typeid(llama_kv_cache)) {
         return static_cast<llama_kv_cache *>(&memory);
     }
+    if (typeid(memory) == typeid(llama_kv_cache_iswa)) {
+        return static_cast<llama_kv_cache_iswa &>(memory).get_base();
+    }
+    if (typeid(memory) == typeid(llama_memory_hybrid)) {
+        return static_cast<llama_memory_hybrid &>(memory).get_mem_attn();
+    }
+    if (typeid(memory) == typeid(llama_memory_hybrid_iswa)) {
+        return static_cast<llama_memory_hybrid_iswa &>(memory).get_mem_attn()->get_base();
+    }
     return nullptr;
 }
 
@@ -95,7 +107,7 @@ std::string llama_csp::unsupported(llama_context * ctx, llama_kv_cache ** kv) {
     }
     *kv = find_cache(*memory);
     if (*kv == nullptr) {
-        return "the model's memory is not a plain KV cache (sliding-window, sparse-attention, hybrid or recurrent)";
+        return "the model's memory holds no KV cache of full attention (it is recurrent or for sparse attention)";
     }
 
     const auto & cache   = **kv;
@@ -109,7 +121,7 @@ std::string llama_csp::unsupported(llama_context * ctx, llama_kv_cache ** kv) {
         return "the KV cache is shared with another context";
     }
     if (cache.layers.empty()) {
-        return "the KV cache has no layers";
+        return "no layer has full attention";
     }
     if (cache.layers.size() != cache.map_layer_ids.size()) {
         return "layers reuse the KV cache of other layers";
@@ -138,9 +150,6 @@ std::string llama_csp::unsupported(llama_context * ctx, llama_kv_cache ** kv) {
         if (hparams.n_head(layer.il) != hparams.n_head(il0) || hparams.n_head_kv(layer.il) != hparams.n_head_kv(il0)) {
             return "the number of heads varies between layers";
         }
-        if (model.layers[layer.il].attn_sinks != nullptr) {
-            return "the model has attention sinks of its own";
-        }
         if (layer.k == nullptr || layer.v == nullptr) {
             return "layer " + std::to_string(layer.il) + " has no K or no V cache";
         }
@@ -156,7 +165,8 @@ llama_csp::llama_csp(llama_context * ctx, llama_kv_cache * kv, llama_csp_params 
     n_head(ctx->get_model().hparams.n_head(kv->layers[0].il)),
     n_head_kv(ctx->get_model().hparams.n_head_kv(kv->layers[0].il)),
     streams(kv->n_stream) {
-    const auto & hparams = ctx->get_model().hparams;
+    const auto & model   = ctx->get_model();
+    const auto & hparams = model.hparams;
 
     for (size_t s = 0; s < streams.size(); ++s) {
         streams[s].index = s;
@@ -185,8 +195,13 @@ llama_csp::llama_csp(llama_context * ctx, llama_kv_cache * kv, llama_csp_params 
         }
         ggml_backend_buffer_clear(buf.get(), 0); // rows that hold no query yet are read as zeros
 
-        layers.push_back(
-            { (int32_t) kv_layer.il, kv_layer.k, kv_layer.v, q_ring, sinks, head_dim_k, head_dim_v, 0.0f });
+        std::vector<float> model_sinks;
+        if (const ggml_tensor * own = model.layers[kv_layer.il].attn_sinks) {
+            model_sinks.resize(n_head);
+            ggml_backend_tensor_get(own, model_sinks.data(), 0, n_head * sizeof(float));
+        }
+        layers.push_back({ (int32_t) kv_layer.il, kv_layer.k, kv_layer.v, q_ring, sinks, head_dim_k, head_dim_v,
+                           std::move(model_sinks), 0.0f });
         ctxs.push_back(std::move(layer_ctx));
         bufs.push_back(std::move(buf));
     }
@@ -204,6 +219,13 @@ void llama_csp::attach(llama_csp * csp) {
     kv->csp                = csp; // tells what happens to the cells: a part of the memory, or all of it
     ctx->cparams.csp       = csp;
     drop_graphs();
+}
+
+float llama_csp_layer::sink_logit(int64_t head, float n) const {
+    const double own   = model_sinks.empty() ? -INFINITY : model_sinks[head];
+    const double added = std::log((double) n);
+    const double max   = std::max(own, added);
+    return max == -INFINITY ? -INFINITY : max + std::log(std::exp(own - max) + std::exp(added - max));
 }
 
 void llama_csp::drop_graphs() {
@@ -477,10 +499,10 @@ int32_t llama_csp_set_softmax_n(llama_csp * csp, const float * softmax_n, size_t
     }
 
     csp->ctx->synchronize();
-    std::vector<float> logits(n_head); // ln n; -inf where n = 0, which adds exp(-inf) = 0 to the denominator
+    std::vector<float> logits(n_head);
     for (size_t i = 0; i < csp->layers.size(); ++i) {
         for (size_t h = 0; h < n_head; ++h) {
-            logits[h] = std::log(softmax_n[n_value == 1 ? 0 : i * n_head + h]);
+            logits[h] = csp->layers[i].sink_logit(h, softmax_n[n_value == 1 ? 0 : i * n_head + h]);
         }
         ggml_backend_tensor_set(csp->layers[i].sinks, logits.data(), 0, n_head * sizeof(float));
     }

@@ -132,7 +132,7 @@ class GraphTap:
     def attention(
         self, layers: Iterable[int], n_head: int, n_stream: int = 1, n_token: int = 1
     ) -> npt.NDArray[np.float32]:
-        """Rows of the softmax at the last decode, [n_layer, n_stream, n_head, n_token of a stream, n_kv]; pass
+        """Rows of the softmax at the last decode, as [n_layer, n_stream, n_head, n_token of a stream, n_kv]; pass
         "kq_soft_max" to the constructor, flash attention off.
         """
         return np.stack([self._tensors[f"kq_soft_max-{il}"].reshape(n_stream, n_head, n_token, -1) for il in layers])

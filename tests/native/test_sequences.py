@@ -345,7 +345,7 @@ def test_window_of_a_larger_context(gqa: Path) -> None:
 
 
 def test_random_steps(tmp_path: Path) -> None:
-    """Decode, keep, copy, remove in any order: positions are those of a plain list, each query gives away a mass of 1."""
+    """Decode, keep, copy, remove: positions are those of a plain list, each query gives away a mass of 1."""
     model = make_model(tmp_path / "model.gguf", "llama", n_layer=2, n_head=2, head_dim=16)
     generator = np.random.default_rng(1)
     with Runtime(model, **SEVERAL) as runtime:
