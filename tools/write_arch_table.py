@@ -29,7 +29,7 @@ table.
 
 - pruned: recording, and keeping all cells, changes no bit of the logits. Keeping the same cells in every layer and head
   gives bit for bit what upstream's own `llama_memory_seq_rm` of the others gives (beside sliding windows without flash
-  attention to 1e-6: sums run in another order). Scores equal the rows of the graph's own softmax.
+  attention to 2e-6: sums run in another order). Scores equal the rows of the graph's own softmax.
 - not pruned: the context computes on, bit for bit, as if nobody had asked.
 
 All of that with and without flash attention. Memory is llama.cpp's class, without `llama_`. Windows and recurrent

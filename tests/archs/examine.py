@@ -12,7 +12,7 @@ What a pruned model is compared with, always on a context that never had a csp:
   closes the holes, so that the cells lie where keep puts them and even the order of sums is the same. seq_rm also
   empties sliding windows, which a csp leaves alone: what llama.cpp calls partial state (windows and recurrent states)
   is saved before the removal and restored last. Restored windows lie elsewhere; without flash attention that rounds
-  differently. How much is measured by the same steps with nothing removed: usually zero, and then bits are compared.
+  differently (TOLERANCE). The same steps with nothing removed tell whether they do; where not, bits are compared.
 - scores: the rows of the graph's own softmax (`kq_soft_max-<il>`), summed over the queries of a modality and averaged
   over the query heads of a KV head.
 """
@@ -40,6 +40,7 @@ BATCHES = [(TEXT, 40), (IMAGE, 20), (TEXT, 12)]  # tag and tokens of what is dec
 N_REST = 16  # tokens after that
 N_WINDOW = 24  # queries, of both tags
 UNSUPPORTED = -2
+TOLERANCE = 2e-6  # ten times what sums in another order make of these models
 PARTIAL_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 
 Array = npt.NDArray[np.float32]
@@ -141,7 +142,8 @@ class Examination:
     def check_keep(self) -> None:
         full_past, full = self.past(), self.rest()
         noise = relative_error(self.removal(self.all_cells), full)
-        check(noise <= 1e-6, f"llama.cpp restores another state: {noise:.1e}")
+        tolerance = TOLERANCE if noise > 0 else 0.0
+        check(noise <= tolerance, f"llama.cpp restores another state: {noise:.1e}")
         removed = self.removal(self.subset)
         self.runtime.clear()
         csp = Csp.attach(self.runtime.ctx, n_window=N_WINDOW)
@@ -153,11 +155,11 @@ class Examination:
             check_equal(self.rest(), full, "keep of all cells")
             self.past(csp)
             keep(csp, self.subset)
-            check_equal(self.rest(), removed, "keep of a subset", 10 * noise)
+            check_equal(self.rest(), removed, "keep of a subset", tolerance)
         finally:
             csp.close()
         lost = relative_error(full, removed)
-        check(lost > 100 * noise, f"keep of a subset makes no difference: {lost:.1e}")
+        check(lost > 10 * tolerance, f"keep of a subset makes no difference: {lost:.1e}")
 
     def removal(self, cells: Cells) -> Array:
         """Logits of the rest after upstream's own removal of all positions but these, from the KV cache only."""

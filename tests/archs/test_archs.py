@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from edge_csp.errors import NativeError
-from edge_csp.native import Csp
+from edge_csp.native import TEXT, Csp
 from tests.archs import sweep
-from tests.archs.examine import Outcome, examine
+from tests.archs.examine import BATCHES, Outcome, examine
 from tests.archs.generate import CannotGenerate
 from tests.oracle.random_models import make_model
 from tools import write_arch_table
@@ -38,6 +38,16 @@ def test_docs_are_up_to_date(swept: sweep.Sweep) -> None:
 
 
 # --- the sweep itself: it must be able to fail ---
+
+
+def test_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "c++"))
+    with pytest.raises(CannotGenerate, match="no C\\+\\+ compiler"):
+        sweep.run_sweep()
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.delenv("EDGE_CSP_UPSTREAM", raising=False)
+    with pytest.raises(CannotGenerate, match="EDGE_CSP_UPSTREAM"):
+        sweep.run_sweep()
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +78,14 @@ def scores_of_swapped_tags(method: Callable[..., Any], csp: Csp, n_obs: int, sof
 @pytest.mark.parametrize("flash", [False, True])
 def test_pruned(llama: Path, flash: bool) -> None:
     assert examine(llama, flash) == Outcome("llama-dense", flash, "kv_cache", "pruned")
+
+
+@pytest.mark.parametrize("flash", [False, True])
+def test_windows_that_have_wrapped(tmp_path: Path, flash: bool) -> None:
+    """More tokens than the sliding-window cache has cells (256): the models of the sweep are not trained on so many."""
+    path = make_model(tmp_path / "gpt-oss-moe.gguf", "gpt-oss", n_layer=2)
+    outcome = examine(path, flash, [(TEXT, 110), (TEXT, 110), (TEXT, 110), *BATCHES])
+    assert outcome == Outcome("gpt-oss-moe", flash, "kv_cache_iswa", "pruned")
 
 
 @pytest.mark.parametrize(
