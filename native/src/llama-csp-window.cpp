@@ -63,10 +63,11 @@ ggml_tensor * llama_csp_build_attn(const llm_graph_context & graph,
     if (layer == csp->layers.end() || k->view_src != layer->k) {
         return sinks; // attention over something else than this cache
     }
-    if (q->ne[0] == layer->head_dim_k && q->ne[1] == csp->n_head && q->ne[2] == graph.n_tokens) {
-        const int64_t n_stream = k->ne[3];
-        const int64_t n_token  = q->ne[2] / n_stream; // of a stream
-        ggml_tensor * rows     = find_or_add_rows(graph, csp, n_stream);
+    const int64_t n_stream = csp->streams.size() == 1 ? 1 : graph.ubatch.n_seqs_unq; // of the ubatch
+    if (q->ne[0] == layer->head_dim_k && q->ne[1] == csp->n_head && q->ne[2] == graph.n_tokens &&
+        k->ne[3] == n_stream) {
+        const int64_t n_token = q->ne[2] / n_stream; // of a stream
+        ggml_tensor * rows    = find_or_add_rows(graph, csp, n_stream);
 
         if (q->nb[0] != sizeof(float) || q->nb[1] != q->ne[0] * sizeof(float)) {
             q = ggml_cont(graph.ctx0, q); // heads are not next to each other
