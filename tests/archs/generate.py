@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tarfile
@@ -27,8 +28,8 @@ class CannotGenerate(Exception):
 
 def generate_models(folder: Path) -> tuple[list[Path], list[str]]:
     """Fill the folder with about 130 GGUF files (900 MB): their paths, and the architectures without a file."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(compiler[0]) is None:
         raise CannotGenerate("there is no C++ compiler")
     upstream = os.environ.get("EDGE_CSP_UPSTREAM")
     if not upstream:
@@ -38,7 +39,7 @@ def generate_models(folder: Path) -> tuple[list[Path], list[str]]:
     generator = folder / "test-llama-archs"
     package = Path(llama_cpp.__file__).parent
     command = [
-        compiler,
+        *compiler,
         "-std=c++17",
         f"-I{SHIM}",
         f"-I{package / 'include'}",
