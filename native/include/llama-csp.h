@@ -7,12 +7,11 @@
 // Terms
 //   cell       one KV entry, shared by all layers. Cells are in token order: cell 0 holds the first token.
 //   window     the last queries of every layer; they vote on the cells that they saw.
-//   softmax n  p = exp(x) / (n + sum exp(x)); n = 0 is the ordinary softmax. Where the model has a sink logit s of its own
-//              in a head (gpt-oss), it stays part of attention and of scores: p = exp(x) / (n + exp(s) + sum exp(x)).
-//   cache      The KV cache of the layers with full attention. Sliding windows and recurrent states beside it are left alone;
-//              llama_memory_seq_rm behind the kept cells follows what they allow, as upstream.
-//   sequence   Each has a stream of cells of its own (kv_unified = false), and is observed, scored, pruned and saved on its
-//              own. A unified cache has one stream: it can be pruned while it holds a single sequence, of any seq_id.
+//   softmax n  p = exp(x) / (n + sum exp(x)); n = 0 is the ordinary softmax. A sink logit s of the model's own
+//              (gpt-oss) is part of attention and of scores: p = exp(x) / (n + exp(s) + sum exp(x)).
+//   cache      of the layers with full attention. Sliding windows and recurrent states beside it are left alone.
+//   sequence   has a stream of cells of its own (kv_unified = false), and is observed, scored, pruned and saved on its
+//              own. A unified cache has one stream: it is pruned while it holds a single sequence, of any seq_id.
 //   After llama_csp_keep() cell j holds another token in every (layer, head); llama_csp_cells() tells which.
 //
 // Conventions
@@ -128,9 +127,9 @@ LLAMA_API int32_t llama_csp_select(const struct llama_csp *       csp,
 // Keep n_keep cells per layer and KV head, 1 <= n_keep <= n_cell. Rows are moved byte for byte to the cells 0 .. n_keep - 1,
 // positions go on counting from where they were, and the window starts anew.
 //   cells: i32 [n_layer][n_head_kv][n_keep], ascending and without repeats; every row holds the last cell, n_cell - 1
-// After this, removing or shifting positions inside the kept cells is refused by llama_memory_seq_*, and so is copying them
-// within their stream; a copy to the stream of another sequence is pruned like the original. (On a cache that is not pruned
-// these work as always; copying and shifting start the window anew.)
+// After this, removing or shifting positions inside the kept cells is refused by llama_memory_seq_*, and so is copying
+// them within their stream; a copy to the stream of another sequence is pruned like the original. (On a cache that is
+// not pruned these work as always.) The window of a sequence starts anew where it was copied to, or shifted.
 LLAMA_API int32_t llama_csp_keep(struct llama_csp * csp, llama_seq_id seq_id, const int32_t * cells, int32_t n_keep);
 
 // True position and tag of the token in every cell. Either pointer may be NULL.

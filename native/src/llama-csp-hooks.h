@@ -33,8 +33,8 @@ void llama_csp_apply_ubatch(llama_csp *                                csp,
 // llama_kv_cache::clear
 void llama_csp_clear(llama_csp * csp);
 
-// The C wrappers llama_memory_*: may positions [p0, p1) of a sequence (-1: of all) be removed? May a sequence be copied,
-// may its positions be shifted? They log where not. After a copy or a shift its window starts anew.
+// The C wrappers llama_memory_*: may positions [p0, p1) of a sequence (-1: of all) be removed? May a sequence be
+// copied, its positions be shifted? They log where not, and follow where they may.
 bool llama_csp_allow_rm(const llama_csp * csp, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
 bool llama_csp_allow_cp(llama_csp * csp, llama_seq_id src, llama_seq_id dst);
 bool llama_csp_allow_shift(llama_csp * csp, llama_seq_id seq_id, const char * name);

@@ -26,8 +26,8 @@ public:
         ggml_backend_tensor_set(rows, data.data(), 0, ggml_nbytes(rows));
     }
 
-    // upstream compares the number of tokens, and the sequences where there are several streams; attaching and detaching
-    // drop all graphs
+    // upstream compares the number of tokens, and the sequences where there are several streams; attaching and
+    // detaching drop all graphs
     bool can_reuse(const llm_graph_params &) override { return true; }
 
     llama_csp *   csp;

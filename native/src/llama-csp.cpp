@@ -81,8 +81,8 @@ void llama_csp_parallel(size_t n, int32_t n_thread, const std::function<void(siz
 // attach
 //
 
-// The cache of the full-attention layers, or null where it cannot be pruned. By typeid: a kind of memory that derives from
-// one of these would not be understood.
+// The cache of the full-attention layers, or null where there is none. By typeid: a kind of memory that derives from one
+// of these would not be understood.
 static llama_kv_cache * find_cache(llama_memory_i & memory) {
     if (typeid(memory) == typeid(llama_kv_cache)) {
         return static_cast<llama_kv_cache *>(&memory);
@@ -304,12 +304,16 @@ void llama_csp_apply_ubatch(llama_csp *                                csp,
 
 void llama_csp_clear(llama_csp * csp) {
     for (auto & stream : csp->streams) {
+        std::fill(stream.cell_tag.begin(), stream.cell_tag.end(), LLAMA_CSP_MODALITY_TEXT); // of restored cells
         stream.n_last_kept = 0;
         stream.forget_queries(0);
     }
 }
 
 bool llama_csp_allow_rm(const llama_csp * csp, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    if (seq_id >= 0 && csp->find_stream(seq_id) == nullptr) {
+        return true; // upstream answers
+    }
     for (const auto & stream : csp->streams) {
         const int32_t n_kept = stream.n_kept();
         const auto &  cells  = *stream.cells;

@@ -227,6 +227,19 @@ def test_removal(kind: Kind) -> None:
         csp.close()
 
 
+def test_removal_of_a_sequence_that_cannot_be(tmp_path: Path) -> None:
+    """Recurrent memory answers this; a plain cache would abort."""
+    with Runtime(make_model(tmp_path / "model.gguf", "lfm2")) as runtime:
+        csp = Csp.attach(runtime.ctx)
+        runtime.decode(tokens(N_PAST))
+        csp.keep(random_cells(csp, 20, seed=1))
+        memory = llama_cpp.llama_get_memory(runtime.ctx)
+        for seq_id in (1, 255, 256, 2**31 - 1):
+            assert not llama_cpp.llama_memory_seq_rm(memory, seq_id, -1, -1)
+        assert csp.info().n_kept == 20
+        csp.close()
+
+
 def test_windows_that_slide_far(kind: Kind) -> None:
     """Ten times a context full of tokens through 256 cells: positions go on counting, the windows slide."""
     with Runtime(kind.path, n_ctx=256, n_ubatch=32) as runtime:

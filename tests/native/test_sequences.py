@@ -198,6 +198,29 @@ def test_a_saved_sequence_goes_on_as_another(gqa: Path, device: Open, flash: boo
         csp.close()
 
 
+def test_a_saved_context_goes_on(gqa: Path) -> None:
+    """All sequences at once; before set_state the tags are not known."""
+    with Runtime(gqa, **SEVERAL) as runtime:
+        csp = Csp.attach(runtime.ctx)
+        csp.set_modality(AUDIO, seq_id=1)
+        decode(runtime, prompts(), begins())
+        csp.keep(random_cells(csp, 13, seed=1, seq_id=2), seq_id=2)
+        states = {seq_id: csp.state(seq_id=seq_id) for seq_id in PROMPT}
+        data = (ctypes.c_uint8 * llama_cpp.llama_state_get_size(runtime.ctx))()
+        assert llama_cpp.llama_state_get_data(runtime.ctx, data, len(data)) == len(data)
+        expected = decode(runtime, prompts(), PROMPT)
+        assert llama_cpp.llama_state_set_data(runtime.ctx, data, len(data)) == len(data)
+        check_state(csp, [40, 25, 13], [0, 0, 0])
+        assert [np.unique(csp.cells(seq_id=seq_id)[1]).tolist() for seq_id in PROMPT] == [[TEXT]] * 3
+        for seq_id, state in states.items():
+            csp.set_state(state, seq_id=seq_id)
+            assert csp.state(seq_id=seq_id) == state
+        check_state(csp, [40, 25, 13], [0, 0, 13])
+        actual = decode(runtime, prompts(), PROMPT)
+        csp.close()
+    assert [rows.tobytes() for rows in actual.values()] == [rows.tobytes() for rows in expected.values()]
+
+
 # --- llama_memory_* on one of several sequences ---
 
 
