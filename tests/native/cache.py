@@ -122,6 +122,10 @@ class GraphTap:
         rows = [self._tensors[f"{name}-{il}"].reshape(-1, n_head, head_dim) for il in wanted]
         return np.stack(rows).transpose(0, 2, 1, 3)
 
+    def rows(self, name: str, il: int, n_head: int, n_token: int) -> npt.NDArray[np.float32]:
+        """A matrix per head of one layer at the last decode, such as the softmax: [n_head, n_token, n_cell]."""
+        return self._tensors[f"{name}-{il}"].reshape(n_head, n_token, -1)
+
     def queries(self, n_layer: int, n_head: int, head_dim: int) -> npt.NDArray[np.float32]:
         return self.heads("Qcur", n_layer, n_head, head_dim)
 
