@@ -1,10 +1,12 @@
-"""A llama_context with one sequence: evaluate tokens and pictures, observe the cells, keep some of them."""
+"""A sequence of a llama_context: evaluate tokens and pictures, observe the cells, keep some of them."""
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -25,6 +27,14 @@ CELL_PAD = 256
 """llama.cpp rounds the size of a cache up to a multiple of this."""
 
 
+@dataclass
+class _Native:
+    """What the sequences of a context share."""
+
+    llama: Any
+    csp: native.Csp | None = None
+
+
 class Context:
     """The KV cache of one conversation. Not thread-safe; close it before its model."""
 
@@ -34,6 +44,7 @@ class Context:
         *,
         n_ctx: int = 4096,
         n_batch: int = 512,
+        n_seq: int = 1,
         type_k: str = "f16",
         type_v: str = "f16",
         flash_attn: str = "auto",
@@ -43,7 +54,8 @@ class Context:
     ) -> None:
         """Allocate a cache of n_ctx cells (0: the context the model was trained on).
 
-        n_batch: tokens evaluated at once. flash_attn: "on", "off" or "auto"; "auto" is off where the cache is in host
+        n_batch: tokens evaluated at once. n_seq: conversations that get a cache of n_ctx cells each and share the rest
+        of the memory, see `sequences`. flash_attn: "on", "off" or "auto"; "auto" is off where the cache is in host
         memory and of a plain type, because llama.cpp is faster without it there. n_window: queries that vote.
         softmax_n: n of the softmax in attention itself. prune: False leaves the context as upstream makes it.
 
@@ -61,36 +73,41 @@ class Context:
                 raise ContextError(f"{what} {value!r} is unknown: use {', '.join(known)}")
         self.bytes_per_cell = bytes_per_cell(model.info, type_k, type_v)
         """Bytes of K and V that one cell takes."""
-        _check_memory(n_ctx, self.bytes_per_cell, model.offload_memory)
+        if not 1 <= n_seq <= llama_cpp.llama_max_parallel_sequences():
+            most = llama_cpp.llama_max_parallel_sequences()
+            raise ContextError(f"{n_seq} sequences were asked for; a context has 1 to {most}")
+        _check_memory(n_ctx * n_seq, self.bytes_per_cell, model.offload_memory)
         self.model = model
         self.n_batch = n_batch
         self.type_k, self.type_v = type_k, type_v
         self.flash_attn = _choose_flash_attn(flash_attn, type_v, model.offloaded)
-        self.csp: native.Csp | None = None
+        self.seq_id = 0
+        self.n_seq = n_seq
         self.n_window = 0
         self.n_past = 0
         """Position of the next token."""
 
         native.clear_log_errors()
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, n_batch, n_batch, 1
+        params.n_ctx, params.n_seq_max, params.kv_unified = n_ctx * n_seq, n_seq, False
+        params.n_batch = params.n_ubatch = n_batch
         params.n_threads = params.n_threads_batch = model.n_threads
         params.type_k, params.type_v = KV_TYPES[type_k], KV_TYPES[type_v]
         params.flash_attn_type = FLASH_ATTN[self.flash_attn]
-        self._llama: Any = llama_cpp.llama_init_from_model(model.handle, params)
-        if not self._llama:
+        self._native = _Native(llama_cpp.llama_init_from_model(model.handle, params))
+        if not self.handle:
             raise ContextError(
                 f"no context of {n_ctx} cells, K {type_k}, V {type_v}, flash attention {self.flash_attn}: "
                 f"{native.last_log_error()}"
             )
-        self.n_ctx = int(llama_cpp.llama_n_ctx(self._llama))
-        self.n_batch = int(llama_cpp.llama_n_batch(self._llama))  # llama.cpp lowers it to n_ctx
+        self.n_ctx = int(llama_cpp.llama_n_ctx_seq(self.handle))
+        self.n_batch = int(llama_cpp.llama_n_batch(self.handle))  # llama.cpp lowers it to n_ctx
         try:
             if prune:
                 self.n_window = min(n_window, self.n_ctx)
-                self.csp = native.Csp.attach(self._llama, n_window=self.n_window)
+                self._native.csp = native.Csp.attach(self.handle, n_window=self.n_window)
                 if softmax_n:
-                    self.csp.set_softmax_n(softmax_n)
+                    self._native.csp.set_softmax_n(softmax_n)
         except BaseException:
             self.close()
             raise
@@ -98,13 +115,27 @@ class Context:
     @property
     def handle(self) -> Any:
         """The llama_context pointer."""
-        return self._llama
+        return self._native.llama
+
+    @property
+    def csp(self) -> native.Csp | None:
+        """None where the context was opened without pruning."""
+        return self._native.csp
+
+    def sequences(self) -> list[Context]:
+        """A context for each of the n_seq sequences, this one first. They are used from one thread, in any order, and
+        end with this one. The logits are those of the sequence that was evaluated last.
+        """
+        others = [copy.copy(self) for _ in range(1, self.n_seq)]
+        for seq_id, other in enumerate(others, start=1):
+            other.seq_id, other.n_past = seq_id, 0
+        return [self, *others]
 
     @property
     def _memory(self) -> Any:
         import llama_cpp
 
-        return llama_cpp.llama_get_memory(self._llama)
+        return llama_cpp.llama_get_memory(self.handle)
 
     def decode_tokens(self, tokens: Sequence[int]) -> None:
         """Evaluate text tokens, at most n_batch; the logits of the last one can be sampled afterwards.
@@ -115,7 +146,7 @@ class Context:
 
         native.clear_log_errors()
         n = len(tokens)
-        seq_id = ctypes.pointer(ctypes.c_int32(0))
+        seq_id = ctypes.pointer(ctypes.c_int32(self.seq_id))
         batch: Any = llama_cpp.llama_batch()
         batch.n_tokens = n
         batch.token = (ctypes.c_int32 * n)(*tokens)
@@ -123,7 +154,7 @@ class Context:
         batch.n_seq_id = (ctypes.c_int32 * n)(*[1] * n)
         batch.seq_id = (ctypes.POINTER(ctypes.c_int32) * n)(*[seq_id] * n)
         batch.logits = (ctypes.c_int8 * n)(*[0] * (n - 1), 1)
-        self._check(llama_cpp.llama_decode(self._llama, batch))
+        self._check(llama_cpp.llama_decode(self.handle, batch))
         self.n_past += n
 
     def decode_picture(
@@ -163,7 +194,7 @@ class Context:
         native.clear_log_errors()
         try:
             status = prepare_batch() or mtmd_cpp.mtmd_helper_decode_image_chunk(
-                self.model.mtmd_handle, self._llama, part.chunk, data, self.n_past, 0, n_batch,
+                self.model.mtmd_handle, self.handle, part.chunk, data, self.n_past, self.seq_id, n_batch,
                 ctypes.byref(n_past), after_batch, None,
             )  # fmt: skip
             if failed:
@@ -184,43 +215,43 @@ class Context:
     @property
     def n_cell(self) -> int:
         """Cells in use; without pruning, an upper bound (positions)."""
-        return self.csp.info().n_cell if self.csp else self.n_past
+        return self.csp.info(seq_id=self.seq_id).n_cell if self.csp else self.n_past
 
     def truncate(self, n_past: int) -> bool:
         """Forget everything from position n_past on. False, and nothing happens, if that cuts into pruned cells."""
         import llama_cpp
 
-        if not llama_cpp.llama_memory_seq_rm(self._memory, 0, n_past, -1):
+        if not llama_cpp.llama_memory_seq_rm(self._memory, self.seq_id, n_past, -1):
             return False
         self.n_past = n_past
         return True
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything of this sequence."""
         import llama_cpp
 
-        llama_cpp.llama_memory_clear(self._memory, False)
+        llama_cpp.llama_memory_seq_rm(self._memory, self.seq_id, -1, -1)
         self.n_past = 0
 
     def observe(self, *, n_obs: int, softmax_n: float, with_scores: bool = True) -> Observation:
         """What the last n_obs queries looked at (n_window at most); `with_scores=False` gives zeros at no cost."""
         csp = self._csp()
-        pos, tag = csp.cells()
+        pos, tag = csp.cells(seq_id=self.seq_id)
         if with_scores:
-            scores = csp.scores(min(n_obs, self.n_window), softmax_n)
+            scores = csp.scores(min(n_obs, self.n_window), softmax_n, seq_id=self.seq_id)
         else:
-            n_modality = csp.info().n_modality
+            n_modality = csp.info(seq_id=self.seq_id).n_modality
             n_layer, n_head_kv, n_cell = tag.shape
             scores = np.zeros((n_layer, n_head_kv, n_modality, n_cell), np.float32)
         return Observation(scores, tag, pos)
 
     def keep(self, cells: NDArray[np.int32]) -> None:
         """Keep cells i32 [n_layer, n_head_kv, n_keep], see native.Csp.keep()."""
-        self._csp().keep(cells)
+        self._csp().keep(cells, seq_id=self.seq_id)
 
     def cells(self) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         """True position i32 and modality u8 of every cell, [n_layer, n_head_kv, n_cell]."""
-        return self._csp().cells()
+        return self._csp().cells(seq_id=self.seq_id)
 
     def _csp(self) -> native.Csp:
         if self.csp is None:
@@ -228,14 +259,14 @@ class Context:
         return self.csp
 
     def close(self) -> None:
-        """Free the context. A second call does nothing."""
+        """Free the context, with all sequences. A second call does nothing."""
         import llama_cpp
 
         if self.csp:
             self.csp.close()
-        if self._llama:
-            llama_cpp.llama_free(self._llama)
-        self.csp = self._llama = None
+        if self.handle:
+            llama_cpp.llama_free(self.handle)
+        self._native.csp = self._native.llama = None
 
     def __enter__(self) -> Context:
         return self
