@@ -61,7 +61,8 @@ class Context:
                 raise ContextError(f"{what} {value!r} is unknown: use {', '.join(known)}")
         self.bytes_per_cell = bytes_per_cell(model.info, type_k, type_v)
         """Bytes of K and V that one cell takes."""
-        _check_memory(n_ctx, self.bytes_per_cell)
+        if not model.no_alloc:
+            _check_memory(n_ctx, self.bytes_per_cell)
         self.model = model
         self.n_batch = n_batch
         self.type_k, self.type_v = type_k, type_v

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -67,12 +68,14 @@ class VisionModel:
         n_gpu_layers: int = -1,
         n_threads: int | None = None,
         use_mmap: bool = True,
+        no_alloc: bool = False,
         on_progress: Progress | None = None,
     ) -> None:
         """Open a GGUF text model and its mmproj.
 
         mmproj: default the one `*mmproj*.gguf` beside the model; without any the model reads text only.
         n_gpu_layers: layers on the GPU, -1 for all. n_threads: default the cores that this process may use.
+        no_alloc: read the metadata only. Contexts then tell what they would take, and nothing can be evaluated.
 
         Raises ModelError if a file is missing, damaged or of the wrong kind, or if the two do not fit each other.
         """
@@ -84,6 +87,7 @@ class VisionModel:
         elif self.info.kind != "text":
             raise ModelError(f"{self.info.path} is {self.info.kind_words}, not a text model")
 
+        self.no_alloc = no_alloc
         self.n_threads = n_threads or usable_cores()
         self.n_encoded = 0
         """Picture parts that the encoder has computed."""
@@ -105,8 +109,9 @@ class VisionModel:
         native.clear_log_errors()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
-        if not use_mmap:
-            params.use_mmap = False
+        params.no_alloc = self.no_alloc
+        if not use_mmap or self.no_alloc:
+            params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
 
         stopped: list[BaseException] = []  # exceptions (Ctrl-C, say) cannot pass through C
 
@@ -133,6 +138,8 @@ class VisionModel:
             mtmd_params.n_threads = self.n_threads
             mtmd_params.print_timings = False
             mtmd_params.warmup = False
+            if self.no_alloc:
+                mtmd_params.cb_eval = self._stop_encoder = type(mtmd_params.cb_eval)(lambda _tensor, ask, _data: ask)
             self._mtmd = mtmd_cpp.mtmd_init_from_file(os.fsencode(self.mmproj_info.path), self._llama, mtmd_params)
             if not self._mtmd:
                 raise ModelError(f"{self.mmproj_info.path} cannot be loaded: {native.last_log_error()}")
@@ -247,6 +254,20 @@ class VisionModel:
         while sum(array.nbytes for array in self._embeddings.values()) > EMBEDDING_CACHE_BYTES:
             self._embeddings.popitem(last=False)
         return embeddings
+
+    def encoder_scratch(self, part: PicturePart) -> int:
+        """Bytes of scratch that the encoder takes for a picture, on all devices; the model is opened with no_alloc.
+
+        libmtmd reserves them when the first picture comes, and tells only its log. Its graph stops at the first node.
+        """
+        from llama_cpp import mtmd_cpp
+
+        with native.encoder_log() as lines:
+            mtmd_cpp.mtmd_encode_chunk(self._mtmd, part.chunk)
+        sizes = re.findall(r"compute buffer size = +([\d.]+) MiB", "".join(lines))
+        if not sizes:
+            raise ModelError(f"{self._mmproj_path}: the encoder cannot be set up for {part.name}: {''.join(lines)}")
+        return sum(round(float(size) * 2**20) for size in sizes)
 
     def token_bytes(self, token: int, *, special: bool = False) -> bytes:
         """UTF-8 bytes of a token; they may be a part of a character. Control tokens are empty unless `special`."""

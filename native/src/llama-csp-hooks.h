@@ -32,3 +32,6 @@ void llama_csp_clear(llama_csp * csp);
 bool llama_csp_allow_rm(const llama_csp * csp, llama_pos p0, llama_pos p1);
 bool llama_csp_allow_edit(llama_csp * csp, const char * name); // where they may, the window starts anew
 bool llama_csp_pruned(const llama_csp * csp);
+
+// mtmd_init_from_file: was the text model opened with no_alloc? Then the encoder's weights are not read either.
+LLAMA_API bool llama_csp_no_alloc(const llama_model * model);
