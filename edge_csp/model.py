@@ -158,8 +158,13 @@ class VisionModel:
         """Parts of a rendered prompt; its n-th `<__media__>` marker stands for the n-th picture.
 
         add_special: add the BOS token, if the model uses one.
-        Raises ModelError if there are pictures but no mmproj, or if markers and pictures do not match.
+        Raises ModelError if there are pictures but no mmproj, if markers and pictures do not match, or if the model has
+        no tokenizer.
         """
+        import llama_cpp
+
+        if llama_cpp.llama_vocab_type(self._vocab) == llama_cpp.LLAMA_VOCAB_TYPE_NONE:  # llama.cpp would abort
+            raise ModelError(f"{self.info.path} has no tokenizer")
         if self._mtmd is None:
             if pictures:
                 raise ModelError(f"{self.info.path} has no mmproj: it cannot read pictures")

@@ -29,7 +29,8 @@ from edge_csp.model import EMBEDDING_CACHE_BYTES, PicturePart, VisionModel
 TEXT_TOKENS, TEXT_TOKENS_PER_PICTURE = 512, 16
 """Text that is assumed: questions, answers and template, and the words that come with every picture."""
 MAX_CELLS = 2**31 - 1
-_STEP = 2**18  # contexts of 1 and 2 steps tell what every further cell takes; larger ones are extrapolated from them
+_RANKING_BYTES = 22  # what CspPolicy takes per (layer, KV head, cell) at most
+_STEP = 2**15  # contexts of 1 and 2 steps tell what every further cell takes; larger ones are extrapolated from them
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,13 @@ class PictureCost:
 
 @dataclass(frozen=True)
 class CacheCost:
-    """A context of n_ctx cells, of which n_kept stay after an eviction. All others in bytes of host memory.
+    """A context of n_ctx cells. All others in bytes of host memory.
 
     kv: the cache. compute: scratch of the graphs. ring: the observation window. scores: positions, tags and scores
     while the policy chooses. device: cache and scratch on GPUs and RPC servers.
     """
 
     n_ctx: int
-    n_kept: int
     kv: int
     compute: int
     ring: int
@@ -74,6 +74,8 @@ class Plan:
     n_text: int
     n_cell: int
     """Cells that the whole conversation fills."""
+    n_kept: int
+    """Cells of these that the budget keeps; all, if the cache cannot be pruned."""
     n_pos: int
     """Positions that it takes; fewer than cells, where the model counts a picture by its sides."""
     n_ctx_train: int
@@ -130,9 +132,9 @@ def make_plan(
 ) -> Plan:
     """Plan a conversation with n_image pictures of image_size (width, height; default: what the encoder takes).
 
-    n_text: tokens of text in it; default TEXT_TOKENS, and TEXT_TOKENS_PER_PICTURE for every picture. budget: what stays
-    after an eviction. n_ctx: cells of the whole cache, 0 for as many as needed. cells: size of the bounded cache; default
-    what stays and a batch. settings: n_batch, type_k, type_v, flash_attn of Context.
+    n_text: tokens of text in it; default TEXT_TOKENS, and TEXT_TOKENS_PER_PICTURE for every picture. budget: what
+    stays after an eviction. n_ctx: cells of the whole cache, 0 for as many as needed. cells: size of the bounded cache;
+    default what stays and a batch. settings: n_batch, type_k, type_v, flash_attn of Context.
 
     Raises ModelError, BudgetError, ImageError and ContextError like the classes that a session is made of.
     """
@@ -150,10 +152,10 @@ def make_plan(
             raise ContextError(f"{max(n_cell, n_ctx)} cells are to be planned, allowed are 1 .. {MAX_CELLS}")
 
         measure = _Measure(model, n_window, settings)
-        n_kept = budget.cells(n_cell, measure.bytes_per_cell)
-        whole = measure(n_ctx or n_cell, n_kept)
+        n_kept = n_cell if measure.refused else budget.cells(n_cell, measure.bytes_per_cell)
+        whole = measure(n_ctx or n_cell)
         n_bounded = cells.cells(n_cell, measure.bytes_per_cell) if cells else min(n_kept + measure.n_batch, n_cell)
-        bounded = measure(n_bounded, n_kept)
+        bounded = measure(n_bounded)
         memory = measure.memory
         plan = Plan(
             model=model.info.path,
@@ -162,6 +164,7 @@ def make_plan(
             picture=picture,
             n_text=n_text,
             n_cell=n_cell,
+            n_kept=n_kept,
             n_pos=n_pos,
             n_ctx_train=model.info.n_ctx_train,
             bytes_per_cell=measure.bytes_per_cell,
@@ -198,7 +201,7 @@ class _Measure:
             self._twice = native.memory(context.handle)
         self.bytes_per_cell = max((self._kv(self._twice) - self._kv(self.memory)) // _STEP, 1)
 
-    def __call__(self, n_ctx: int, n_kept: int) -> CacheCost:
+    def __call__(self, n_ctx: int) -> CacheCost:
         """Cost of a context of n_ctx cells."""
         with self._open(min(n_ctx, 2 * _STEP)) as context:
             found = native.memory(context.handle)
@@ -206,14 +209,14 @@ class _Measure:
         further = max(n_ctx - n_found, 0)
 
         def grown(name: str) -> int:
-            step = getattr(self._twice, name) - getattr(self.memory, name)
-            return int(getattr(found, name)) + step * further // _STEP
+            step: int = getattr(self._twice, name) - getattr(self.memory, name)
+            size: int = getattr(found, name)
+            return size + step * further // _STEP
 
         n_ctx = n_found + further
         info = self.info
         return CacheCost(
             n_ctx=n_ctx,
-            n_kept=min(n_kept, n_ctx) if info else n_ctx,
             kv=grown("kv"),
             compute=grown("compute"),
             ring=4 * info.n_layer * info.n_head * self.model.info.head_dim_k * self.n_window if info else 0,
@@ -240,8 +243,8 @@ class _Measure:
 
 
 def _score_bytes(n_modality: int) -> int:
-    """Bytes per (layer, KV head, cell) while a policy chooses: f32 scores per modality, i32 position, u8 tag."""
-    return 4 * n_modality + 4 + 1
+    """Bytes per (layer, KV head, cell) in an eviction: f32 scores per modality, i32 position, u8 tag, rankings."""
+    return 4 * n_modality + 4 + 1 + _RANKING_BYTES
 
 
 def _picture(model: VisionModel, size: tuple[int, int] | None) -> PictureCost:
