@@ -81,8 +81,8 @@ _FILE_TYPE_NAMES = (  # by general.file_type; "-" was never or is no longer used
 )
 _FILE_TYPES = dict(enumerate(_FILE_TYPE_NAMES.split()))
 _MAX_LAYERS = 512  # LLAMA_MAX_LAYERS; llama.cpp aborts above it
-# Sliding-window models whose files do not say which layers have a window: every n-th one has none, the last of n (here)
-# or the first.
+# Sliding-window models whose files may not say which layers have a window: one of n has none, the last of n or (below)
+# the first.
 _FULL_EVERY = {
     **dict.fromkeys(("afmoe", "cohere2", "exaone-moe", "exaone4", "mellum", "muse-glimmer", "olmo2"), 4),
     **{"gemma2": 2, "gemma3": 6, "gemma3n": 5, "gpt-oss": 2, "plamo3": 8},
@@ -138,7 +138,7 @@ class GgufInfo:
     n_head_kv: tuple[int, ...]
     """KV heads [n_layer]; 0 for layers without attention."""
     n_head_kv_full: tuple[int, ...]
-    """KV heads [n_layer] of layers that hold every cell: 0 for recurrent ones and those with a sliding window."""
+    """The same, and 0 for layers with a sliding window, which hold no more cells than that."""
     head_dim_k: int
     head_dim_v: int
     n_ctx_train: int
@@ -167,8 +167,8 @@ class GgufInfo:
 
     @property
     def kv_values_per_cell(self) -> tuple[int, int]:
-        """Values of K and of V that every further cell takes, over all layers; sliding windows do not grow."""
-        heads = sum(self.n_head_kv_full)
+        """Values of K and of V that one cell holds over all layers (sliding-window layers counted like the others)."""
+        heads = sum(self.n_head_kv)
         return heads * self.head_dim_k, heads * self.head_dim_v
 
 
@@ -453,6 +453,7 @@ def _info(path: Path, headers: list[_Header]) -> GgufInfo:
     tokens = header.values.get("tokenizer.ggml.tokens") or []
     projector = header.text("clip.vision.projector_type") or header.text("clip.projector_type") or None
     n_head_kv = header.per_layer(f"{prefix}.attention.head_count_kv", n_layer, n_head)
+    n_head_kv = _where_not(_recurrent_layers(header, arch, n_layer), n_head_kv)
     return GgufInfo(
         path=path,
         kind=kind,
@@ -464,9 +465,7 @@ def _info(path: Path, headers: list[_Header]) -> GgufInfo:
         n_embd_inp=n_embd * (1 + _n_deepstack(header, arch)),
         n_head=max(n_head, default=0),
         n_head_kv=n_head_kv,
-        n_head_kv_full=tuple(
-            heads if full else 0 for heads, full in zip(n_head_kv, _full_layers(header, arch, n_layer), strict=True)
-        ),
+        n_head_kv_full=_where_not(_window_layers(header, arch, n_layer), n_head_kv),
         head_dim_k=header.number(f"{prefix}.attention.key_length", head_dim),
         head_dim_v=header.number(f"{prefix}.attention.value_length", head_dim),
         n_ctx_train=header.number(f"{prefix}.context_length"),
@@ -504,22 +503,29 @@ def _kind(header: _Header, arch: str, has_tensors: bool) -> tuple[Literal["text"
     return "text", "a text model"
 
 
-def _full_layers(header: _Header, arch: str, n_layer: int) -> list[bool]:
-    """Which layers keep every cell, neither recurrent nor with a sliding window."""
+def _where_not(flags: list[bool], heads: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(0 if flag else n for flag, n in zip(flags, heads, strict=True))
+
+
+def _recurrent_layers(header: _Header, arch: str, n_layer: int) -> list[bool]:
+    """Which layers of a hybrid model hold a state instead of cells, where it is not said by their KV heads."""
     recurrent = header.values.get(f"{arch}.attention.recurrent_layers")
     if isinstance(recurrent, list) and len(recurrent) >= n_layer:
-        full = [not recurrent[il] for il in range(n_layer)]
-    else:
-        interval = header.number(f"{arch}.full_attention_interval", 4 if arch in _INTERVAL_ARCHS else 1)
-        full = [(il + 1) % max(interval, 1) == 0 for il in range(n_layer)]
-    if header.number(f"{arch}.attention.sliding_window") > 0:
-        pattern = header.values.get(f"{arch}.attention.sliding_window_pattern")
-        if isinstance(pattern, list) and len(pattern) >= n_layer:
-            full = [full[il] and not pattern[il] for il in range(n_layer)]
-        elif n := pattern if isinstance(pattern, int) else _FULL_EVERY.get(arch, 0):
-            rest = 0 if arch in _FULL_FIRST else n - 1
-            full = [full[il] and il % n == rest for il in range(n_layer)]
-    return full
+        return [bool(flag) for flag in recurrent[:n_layer]]
+    interval = header.number(f"{arch}.full_attention_interval", 4 if arch in _INTERVAL_ARCHS else 1)
+    return [(il + 1) % max(interval, 1) != 0 for il in range(n_layer)]
+
+
+def _window_layers(header: _Header, arch: str, n_layer: int) -> list[bool]:
+    """Which layers look back over a sliding window only."""
+    pattern = header.values.get(f"{arch}.attention.sliding_window_pattern")
+    if header.number(f"{arch}.attention.sliding_window") < 1:
+        return [False] * n_layer
+    if isinstance(pattern, list) and len(pattern) >= n_layer:
+        return [bool(flag) for flag in pattern[:n_layer]]
+    every = pattern if isinstance(pattern, int) else _FULL_EVERY.get(arch, 1)
+    rest = 0 if arch in _FULL_FIRST else every - 1
+    return [every < 1 or il % every != rest for il in range(n_layer)]
 
 
 def _n_deepstack(header: _Header, arch: str) -> int:

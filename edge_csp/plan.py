@@ -20,11 +20,12 @@ from PIL import Image
 
 from edge_csp import native
 from edge_csp.budget import Budget
-from edge_csp.context import Context
+from edge_csp.context import CELL_PAD, Context
 from edge_csp.errors import ContextError, ImageError, ModelError, NativeError
 from edge_csp.images import MAX_SIDE, load_picture
 from edge_csp.metadata import tensor_spans
 from edge_csp.model import EMBEDDING_CACHE_BYTES, PicturePart, VisionModel
+from edge_csp.session import MIN_CELLS
 
 TEXT_TOKENS, TEXT_TOKENS_PER_PICTURE = 512, 16
 """Text that is assumed: questions, answers and template, and the words that come with every picture."""
@@ -49,12 +50,13 @@ class PictureCost:
 
 @dataclass(frozen=True)
 class CacheCost:
-    """A context of n_ctx cells. All others in bytes of host memory.
+    """A cache of n_cell cells, for which llama.cpp allocates n_ctx. All others in bytes of host memory.
 
     kv: the cache. compute: scratch of the graphs. ring: the observation window. scores: positions, tags and scores
     while the policy chooses. device: cache and scratch on GPUs and RPC servers.
     """
 
+    n_cell: int
     n_ctx: int
     kv: int
     compute: int
@@ -134,7 +136,7 @@ def make_plan(
 
     n_text: tokens of text in it; default TEXT_TOKENS, and TEXT_TOKENS_PER_PICTURE for every picture. budget: what
     stays after an eviction. n_ctx: cells of the whole cache, 0 for as many as needed. cells: size of the bounded cache;
-    default what stays and a batch. settings: n_batch, type_k, type_v, flash_attn of Context.
+    default what stays, and a third more for what is new (see Pruner.n_batch). settings: those of Context.
 
     Raises ModelError, BudgetError, ImageError and ContextError like the classes that a session is made of.
     """
@@ -154,8 +156,7 @@ def make_plan(
         measure = _Measure(model, n_window, settings)
         n_kept = n_cell if measure.refused else budget.cells(n_cell, measure.bytes_per_cell)
         whole = measure(n_ctx or n_cell)
-        n_bounded = cells.cells(n_cell, measure.bytes_per_cell) if cells else min(n_kept + measure.n_batch, n_cell)
-        bounded = measure(n_bounded)
+        bounded = measure(_bounded_cells(cells, n_cell, n_kept, measure.bytes_per_cell))
         memory = measure.memory
         plan = Plan(
             model=model.info.path,
@@ -195,18 +196,17 @@ class _Measure:
         """Why the cache cannot be pruned; empty if it can."""
         with self._open(_STEP) as context:
             self.memory = native.memory(context.handle)
-            self.n_batch = context.n_batch
             self.info = self._attach(context)
         with self._open(2 * _STEP) as context:
             self._twice = native.memory(context.handle)
         self.bytes_per_cell = max((self._kv(self._twice) - self._kv(self.memory)) // _STEP, 1)
 
-    def __call__(self, n_ctx: int) -> CacheCost:
-        """Cost of a context of n_ctx cells."""
-        with self._open(min(n_ctx, 2 * _STEP)) as context:
+    def __call__(self, n_cell: int) -> CacheCost:
+        """Cost of a cache of n_cell cells."""
+        with self._open(min(n_cell, 2 * _STEP)) as context:
             found = native.memory(context.handle)
             n_found = context.n_ctx
-        further = max(n_ctx - n_found, 0)
+        further = max(n_cell - n_found, 0)
 
         def grown(name: str) -> int:
             step: int = getattr(self._twice, name) - getattr(self.memory, name)
@@ -216,6 +216,7 @@ class _Measure:
         n_ctx = n_found + further
         info = self.info
         return CacheCost(
+            n_cell=n_cell,
             n_ctx=n_ctx,
             kv=grown("kv"),
             compute=grown("compute"),
@@ -240,6 +241,18 @@ class _Measure:
     @staticmethod
     def _kv(memory: native.MemoryInfo) -> int:
         return memory.kv + memory.device_kv
+
+
+def _bounded_cells(cells: Budget | None, n_cell: int, n_kept: int, bytes_per_cell: int) -> int:
+    """Size of the bounded cache, as a session makes it."""
+    if cells is None:
+        return max(min(-(-4 * n_kept // 3), n_cell), MIN_CELLS)
+    n_bounded = cells.cells(n_cell if cells.kind == "ratio" else MAX_CELLS, bytes_per_cell)
+    if cells.kind == "bytes":
+        n_bounded -= n_bounded % CELL_PAD
+    if n_bounded < MIN_CELLS:
+        raise ContextError(f"a cache of {cells} has {n_bounded} cells: it takes at least {MIN_CELLS}")
+    return n_bounded
 
 
 def _score_bytes(n_modality: int) -> int:
@@ -301,7 +314,7 @@ def _notes(plan: Plan, n_ctx: int, refused: str) -> list[str]:
     """What the user should know."""
     notes = []
     whole, bounded, memory = plan.whole, plan.bounded, plan.memory
-    bound = f"--cells {bounded.n_ctx}"
+    bound = f"--cells {bounded.n_cell}"
     if refused:
         notes.append(f"nothing can be evicted, so the whole cache counts: {refused}")
     if plan.n_pos > plan.n_ctx_train > 0:

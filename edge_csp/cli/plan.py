@@ -57,7 +57,9 @@ class PlanContextOptions(ContextOptions):
     cells: Annotated[
         str | None,
         _context(
-            "--cells", metavar="SIZE", help="Size of a bounded cache; by default what stays of the budget, and a batch."
+            "--cells",
+            metavar="SIZE",
+            help="Size of a bounded cache; by default what stays of the budget, and a third more.",
         ),
     ] = None
 
@@ -137,7 +139,7 @@ def memory_table(plan: Plan) -> Table:
     from edge_csp.cli.render import column_table, size
 
     whole, bounded = plan.whole, plan.bounded
-    table = column_table("", f"-c {whole.n_ctx}", f"--cells {bounded.n_ctx}")
+    table = column_table("", f"-c {whole.n_ctx}", f"--cells {bounded.n_cell}")
 
     def add(name: str, in_whole: int, in_bounded: int) -> None:
         if in_whole or in_bounded:

@@ -142,14 +142,13 @@ def test_large_contexts_are_extrapolated(models: dict[str, Path], monkeypatch: p
 
 def test_read_instead_of_mapped(demo_files: tuple[Path, Path]) -> None:
     """Without mmap only one copy is held of tensors that are repacked."""
-    planned = make_plan(demo_files[0], budget=parse_budget("20%"), n_text=100, use_mmap=False)
-    with VisionModel(demo_files[0], use_mmap=False) as model, Context(model, n_ctx=256, prune=False) as context:
-        read = native.memory(context.handle)
-    assert (planned.weights, planned.repacked) == (read.weights, read.repacked)
-    with VisionModel(demo_files[0]) as model, Context(model, n_ctx=256, prune=False) as context:
-        mapped = native.memory(context.handle)
-    if mapped.repacked:
-        assert read.weights < mapped.weights
+    for use_mmap in (False, True):
+        planned = make_plan(demo_files[0], budget=parse_budget("20%"), n_text=100, use_mmap=use_mmap)
+        with llama_log() as lines, VisionModel(demo_files[0], use_mmap=use_mmap) as model:
+            with Context(model, n_ctx=256, prune=False) as context:
+                real = native.memory(context.handle)
+        assert ("CPU_Mapped model buffer" in "".join(lines)) == use_mmap
+        assert (planned.weights, planned.repacked, planned.mapped) == (real.weights, real.repacked, use_mmap)
 
 
 # Tiles, cells and positions of a picture of 64x64 and one of 200x100, by the published rules of each family, for
@@ -246,14 +245,15 @@ def test_cells(models: dict[str, Path]) -> None:
     per_cell = 3 * 2 * 4 * 32 * 2  # layers, K and V, heads, values, bytes
     assert (planned.n_cell, planned.n_kept, planned.bytes_per_cell) == (2000, 200, per_cell)
     assert planned.whole.n_ctx == 2048  # llama.cpp rounds up to 256
-    assert planned.bounded.n_ctx == 768  # what is kept, and a batch of 512
+    assert (planned.bounded.n_cell, planned.bounded.n_ctx) == (267, 512)  # what is kept, and a third more
     assert planned.whole.kv == 2048 * per_cell
-    assert planned.bounded.kv == 768 * per_cell
+    assert planned.bounded.kv == 512 * per_cell
     assert planned.whole.ring == 3 * 4 * 32 * 32 * 4
     assert planned.peak(planned.bounded) < planned.peak(planned.whole)
     assert text_plan(models["mha"], 2000, cells=parse_budget("1000c")).bounded.n_ctx == 1024
     assert text_plan(models["mha"], 2000, cells=parse_budget("50%")).bounded.n_ctx == 1024
     assert text_plan(models["mha"], 2000, cells=parse_budget(f"{512 * per_cell}B")).bounded.n_ctx == 512
+    assert text_plan(models["mha"], 2000, cells=parse_budget("3000")).bounded.n_ctx == 3072
     assert text_plan(models["mha"], 2000, f"{10 * per_cell}B").n_kept == 10
 
 
@@ -263,7 +263,7 @@ def test_notes(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None
         "the conversation takes 4097 positions, but the model was trained on 4096",
     )
     assert text_plan(models["mha"], 2000, n_ctx=1024).notes == (
-        "the conversation needs 2000 cells, but the context has 1024: raise -c, or give --cells 1024",
+        "the conversation needs 2000 cells, but the context has 1024: raise -c, or give --cells 534",
     )
     planned = text_plan(models["mha"], 4000)
     whole, bounded = planned.peak(planned.whole), planned.peak(planned.bounded)
@@ -271,7 +271,7 @@ def test_notes(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None
     assert text_plan(models["mha"], 4000).notes == ()
     monkeypatch.setattr(plan, "_machine_memory", lambda: bounded)
     (note,) = text_plan(models["mha"], 4000).notes
-    assert note.endswith(f"{bounded} bytes of memory: it does not fit, but would with --cells 1536")
+    assert note.endswith(f"{bounded} bytes of memory: it does not fit, but would with --cells 1067")
     monkeypatch.setattr(plan, "_machine_memory", lambda: bounded - 1)
     (note,) = text_plan(models["mha"], 4000).notes
     assert "it does not fit; a smaller model" in note
@@ -289,6 +289,8 @@ def test_refused(models: dict[str, Path], demo_files: tuple[Path, Path], tmp_pat
         make_plan(models["qwen2vl"], budget=parse_budget("10B"), n_text=100)
     with refuses(ContextError, "3000000000 cells", 2**31 - 1):
         make_plan(models["mha"], budget=share, n_text=3_000_000_000)
+    with refuses(ContextError, "a cache of 100KiB", "0 cells", "at least 16"):
+        make_plan(models["mha"], budget=share, n_text=3000, cells=parse_budget("100KiB"))
     with refuses(ContextError, "0 cells"):
         make_plan(models["mha"], budget=share, n_text=0)
     with refuses(ContextError, "-1 pictures"):
