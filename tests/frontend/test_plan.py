@@ -144,9 +144,12 @@ def test_read_instead_of_mapped(demo_files: tuple[Path, Path]) -> None:
     """Without mmap only one copy is held of tensors that are repacked."""
     for use_mmap in (False, True):
         planned = make_plan(demo_files[0], budget=parse_budget("20%"), n_text=100, use_mmap=use_mmap)
-        with llama_log() as lines, VisionModel(demo_files[0], use_mmap=use_mmap) as model:
-            with Context(model, n_ctx=256, prune=False) as context:
-                real = native.memory(context.handle)
+        with (
+            llama_log() as lines,
+            VisionModel(demo_files[0], use_mmap=use_mmap) as model,
+            Context(model, n_ctx=256, prune=False) as context,
+        ):
+            real = native.memory(context.handle)
         assert ("CPU_Mapped model buffer" in "".join(lines)) == use_mmap
         assert (planned.weights, planned.repacked, planned.mapped) == (real.weights, real.repacked, use_mmap)
 
