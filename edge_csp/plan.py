@@ -4,9 +4,11 @@ llama.cpp and libmtmd are the estimators. A model opened with no_alloc reads met
 that loading does: it chooses where every tensor goes (and what the CPU backend repacks), sizes the caches (sliding
 windows, recurrent states, shared layers), and reserves its graphs, whose scratch no formula gives. libmtmd, opened on
 such a model, cuts a picture into tiles and counts their tokens for every projector that it knows. So there is no table
-per architecture here; what is added is what edge-csp itself keeps, and the sum.
+per architecture here; what is added is what edge-csp itself keeps, the one large thing that ggml allocates while it
+computes (CacheCost.work), and the sum.
 
-Not counted: the program without a model (about 0.1 GiB), vocabulary, and the pictures while they are decoded.
+Not counted: the program without a model (about 0.1 GiB), vocabulary, small buffers of kernels, and the pictures while
+they are decoded.
 """
 
 from __future__ import annotations
@@ -52,14 +54,16 @@ class PictureCost:
 class CacheCost:
     """A cache of n_cell cells, for which llama.cpp allocates n_ctx. All others in bytes of host memory.
 
-    kv: the cache. compute: scratch of the graphs. ring: the observation window. scores: positions, tags and scores
-    while the policy chooses. device: cache and scratch on GPUs and RPC servers.
+    kv: the cache. compute: scratch of the graphs. work: what the CPU's kernels convert in. ring: the observation
+    window. scores: positions, tags and scores while the policy chooses. device: cache and scratch on GPUs and RPC
+    servers.
     """
 
     n_cell: int
     n_ctx: int
     kv: int
     compute: int
+    work: int
     ring: int
     scores: int
     device: int
@@ -88,6 +92,8 @@ class Plan:
     mapped: bool
     repacked: int
     """Copies of weights, rearranged for the instructions of this CPU."""
+    loading: int
+    """While weights are read: all of a mapped file, and the copies."""
     device_weights: int
     """On GPUs and RPC servers."""
     encoder: int
@@ -106,7 +112,8 @@ class Plan:
         """Host memory at most."""
         encoder = 0 if self.encoder_on_device else self._encoder
         text = self.weights + self.repacked + self.logits + self.embeddings
-        return text + encoder + cache.kv + cache.compute + cache.ring + cache.scores
+        conversation = text + encoder + cache.kv + cache.compute + cache.work + cache.ring + cache.scores
+        return max(conversation, self.loading)
 
     def device(self, cache: CacheCost) -> int:
         """Memory of GPUs and RPC servers together."""
@@ -172,6 +179,7 @@ def make_plan(
             weights=_mapped_bytes(model) if use_mmap else memory.weights,
             mapped=use_mmap,
             repacked=memory.repacked,
+            loading=(model.info.tensor_bytes if use_mmap else memory.weights) + memory.repacked,
             device_weights=memory.device_weights,
             encoder=model.mmproj_info.tensor_bytes if model.mmproj_info else 0,
             encoder_on_device=n_gpu_layers != 0 and native.has_gpu(),
@@ -205,7 +213,9 @@ class _Measure:
         """Cost of a cache of n_cell cells."""
         with self._open(min(n_cell, 2 * _STEP)) as context:
             found = native.memory(context.handle)
-            n_found = context.n_ctx
+            n_found, n_batch = context.n_ctx, context.n_batch
+            # without flash attention ggml converts the attention weights of a batch to the type of V, f16 or bf16
+            converts = context.flash_attn == "off" and context.type_v != "f32" and found.kv > 0
         further = max(n_cell - n_found, 0)
 
         def grown(name: str) -> int:
@@ -220,6 +230,7 @@ class _Measure:
             n_ctx=n_ctx,
             kv=grown("kv"),
             compute=grown("compute"),
+            work=2 * self.model.info.n_head * n_batch * n_ctx if converts else 0,
             ring=4 * info.n_layer * info.n_head * self.model.info.head_dim_k * self.n_window if info else 0,
             scores=info.n_layer * info.n_head_kv * n_ctx * _score_bytes(info.n_modality) if info else 0,
             device=grown("device_kv") + grown("device_compute"),

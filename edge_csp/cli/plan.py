@@ -150,6 +150,7 @@ def memory_table(plan: Plan) -> Table:
 
     add("KV cache", whole.kv, bounded.kv)
     add("scratch of the graphs", whole.compute, bounded.compute)
+    add("scratch of the kernels", whole.work, bounded.work)
     add("window", whole.ring, bounded.ring)
     add("scores, while evicting", whole.scores, bounded.scores)
     both(f"weights, {'mapped' if plan.mapped else 'read'}", plan.weights)

@@ -33,7 +33,8 @@ def test_json_adds_up(cli: Cli) -> None:
     assert plan["whole"]["kv"] == 512 * plan["bytes_per_cell"]
     outside = sum(plan[name] for name in ("weights", "repacked", "encoder", "embeddings", "logits"))
     for cache in (plan["whole"], plan["bounded"]):
-        inside = sum(cache[name] for name in ("kv", "compute", "ring", "scores"))
+        inside = sum(cache[name] for name in ("kv", "compute", "work", "ring", "scores"))
+        assert cache["peak"] > plan["loading"] >= plan["weights"] + plan["repacked"]
         assert cache["peak"] == outside + plan["picture"]["scratch"] + inside
 
 

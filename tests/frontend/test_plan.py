@@ -6,6 +6,7 @@ import ctypes
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from edge_csp.budget import parse_budget
 from edge_csp.context import Context
 from edge_csp.errors import BudgetError, ContextError, ImageError, ModelError, NativeError
 from edge_csp.images import load_picture
+from edge_csp.metadata import read_info
 from edge_csp.model import PicturePart, VisionModel
 from edge_csp.plan import Plan, make_plan
 from edge_csp.policy import Observation, make_policy
@@ -77,7 +79,10 @@ SETTINGS: list[dict[str, Any]] = [
 def test_plan_is_what_is_allocated(models: dict[str, Path], name: str, settings: dict[str, Any]) -> None:
     for n_ctx in (300, 3000):
         planned = make_plan(models[name], budget=parse_budget("20%"), n_text=n_ctx, **settings)
-        with VisionModel(models[name]) as model, Context(model, n_ctx=n_ctx, prune=False, **settings) as context:
+        with (
+            VisionModel(models[name], n_threads=1) as model,
+            Context(model, n_ctx=n_ctx, prune=False, **settings) as context,
+        ):
             if not planned.notes:
                 context.csp = native.Csp.attach(context.handle)
             context.decode_tokens(range(min(64, context.n_batch)))
@@ -93,7 +98,7 @@ def test_plan_is_what_is_allocated(models: dict[str, Path], name: str, settings:
 @pytest.mark.parametrize("name", ["mamba", "deepseek2", "gemma3"])
 def test_caches_that_cannot_be_pruned(models: dict[str, Path], name: str) -> None:
     planned = make_plan(models[name], budget=parse_budget("20%"), n_text=2000)
-    with VisionModel(models[name]) as model, Context(model, n_ctx=2000, prune=False) as context:
+    with VisionModel(models[name], n_threads=1) as model, Context(model, n_ctx=2000, prune=False) as context:
         real = native.memory(context.handle)
         reason = ""
         try:
@@ -123,7 +128,7 @@ def test_further_cells(models: dict[str, Path]) -> None:
     for name in ("mha", "gqa", "qwen2vl", "gemma3"):
         settings = {"type_k": "q8_0", "prune": False}
         planned = make_plan(models[name], budget=parse_budget("1c"), n_text=100, type_k="q8_0")
-        with VisionModel(models[name]) as model:
+        with VisionModel(models[name], n_threads=1) as model:
             with Context(model, n_ctx=1024, **settings) as context:
                 small = native.memory(context.handle)
             with Context(model, n_ctx=4096, **settings) as context:
@@ -138,6 +143,18 @@ def test_large_contexts_are_extrapolated(models: dict[str, Path], monkeypatch: p
     assert extrapolated.whole.n_ctx == exact.whole.n_ctx == 4096
     assert extrapolated.whole.kv == exact.whole.kv
     assert close(extrapolated.whole.compute, exact.whole.compute)
+
+
+def test_memory_of_nothing() -> None:
+    with pytest.raises(NativeError, match="NULL"):
+        native.memory(None)
+    assert not native.is_plain(None, "token_embd.weight")
+
+
+def test_where_tensors_are(demo_files: tuple[Path, Path]) -> None:
+    with VisionModel(demo_files[0], no_alloc=True) as model:
+        assert native.is_plain(model.handle, "token_embd.weight")  # rows are read from it, so it is never repacked
+        assert not native.is_plain(model.handle, "no such tensor")
 
 
 def test_read_instead_of_mapped(demo_files: tuple[Path, Path]) -> None:
@@ -177,7 +194,7 @@ def test_pictures(projector: str, demo_files: tuple[Path, Path], tmp_path: Path)
         assert (picture.n_tile, picture.n_cell) == expected
         assert picture.n_pos == picture.n_cell  # but for M-RoPE
         noise = load_picture(Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)))
-        with VisionModel(text, mmproj) as model, native.encoder_log() as lines:
+        with VisionModel(text, mmproj, n_threads=1) as model, native.encoder_log() as lines:
             parts = model.tokenize("<__media__>", [noise])
             tiles = [part for part in parts if isinstance(part, PicturePart)]
             for tile in tiles:
@@ -252,12 +269,22 @@ def test_cells(models: dict[str, Path]) -> None:
     assert planned.whole.kv == 2048 * per_cell
     assert planned.bounded.kv == 512 * per_cell
     assert planned.whole.ring == 3 * 4 * 32 * 32 * 4
+    assert planned.whole.work == 4 * 512 * 2048 * 2  # weights of a batch in f16
+    assert text_plan(models["mha"], 2000, flash_attn="on").whole.work == 0
+    assert text_plan(models["mha"], 2000, type_v="f32").whole.work == 0
     assert planned.peak(planned.bounded) < planned.peak(planned.whole)
     assert text_plan(models["mha"], 2000, cells=parse_budget("1000c")).bounded.n_ctx == 1024
     assert text_plan(models["mha"], 2000, cells=parse_budget("50%")).bounded.n_ctx == 1024
     assert text_plan(models["mha"], 2000, cells=parse_budget(f"{512 * per_cell}B")).bounded.n_ctx == 512
     assert text_plan(models["mha"], 2000, cells=parse_budget("3000")).bounded.n_ctx == 3072
     assert text_plan(models["mha"], 2000, f"{10 * per_cell}B").n_kept == 10
+
+
+def test_loading_may_take_the_most(models: dict[str, Path]) -> None:
+    planned = text_plan(models["gqa"], 16, n_batch=1, flash_attn="on", n_window=1)
+    small = replace(planned, loading=10 * planned.peak(planned.whole))
+    assert small.peak(small.whole) == small.loading
+    assert planned.loading == planned.repacked + read_info(models["gqa"]).tensor_bytes
 
 
 def test_notes(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
