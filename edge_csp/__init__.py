@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from edge_csp.budget import Budget, parse_budget
     from edge_csp.context import Context
+    from edge_csp.embeddings import EmbeddingCache
     from edge_csp.errors import EdgeCspError
     from edge_csp.images import Picture, load_picture
     from edge_csp.model import VisionModel
@@ -29,6 +30,7 @@ __all__ = [
     "Budget",
     "Context",
     "EdgeCspError",
+    "EmbeddingCache",
     "Observation",
     "Picture",
     "Policy",
@@ -45,6 +47,7 @@ __all__ = [
 _MODULES = {
     "edge_csp.budget": ("Budget", "parse_budget"),
     "edge_csp.context": ("Context",),
+    "edge_csp.embeddings": ("EmbeddingCache",),
     "edge_csp.errors": ("EdgeCspError",),
     "edge_csp.images": ("Picture", "load_picture"),
     "edge_csp.model": ("VisionModel",),

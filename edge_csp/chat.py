@@ -6,12 +6,23 @@ but not reach Python's insides (how long it computes is not limited). Templates 
 Pictures. As in llama.cpp, a picture part is given to the template as text, MEDIA_MARKER, around which libmtmd puts the
 model's own picture tokens. The prompt must have exactly one marker per picture: the n-th marker is the n-th picture.
 Users cannot forge one: a literal "<__media__>" in a text is changed to "< __media__ >".
+
+`read_messages` turns the messages of clients of the OpenAI API into ours. They come again at every turn, pictures
+included, so `PictureReader` remembers what it has decoded.
 """
 
+import base64
+import binascii
+import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import jinja2
 from jinja2 import nodes
@@ -19,9 +30,10 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from edge_csp.errors import TemplateError
+from edge_csp.errors import ImageError, TemplateError
+from edge_csp.images import MAX_SIDE, Picture, load_picture
 
-__all__ = ["FALLBACK_TEMPLATE", "MEDIA_MARKER", "ChatTemplate", "Message"]
+__all__ = ["FALLBACK_TEMPLATE", "MEDIA_MARKER", "ChatTemplate", "Message", "PictureReader", "read_messages"]
 
 Message = Mapping[str, Any]
 """{"role": str, "content": str | list of parts, ...}; parts are {"type": "text", "text": str} or
@@ -40,6 +52,9 @@ FALLBACK_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
 """Used when a model brings no template: the Vicuna form that LLaVA-1.5 was trained on."""
+
+PICTURE_BYTES = 512 << 20
+"""Pixels that a PictureReader remembers."""
 
 _PICTURE_PARTS = ("image", "image_url")
 _PROBE = "edge-csp-probe"
@@ -147,6 +162,120 @@ class ChatTemplate:
             return self._template.render({**variables, **extra})
         except Exception as error:  # templates are programs: they fail in every way
             raise TemplateError(f"the chat template failed: {_reason(error)}") from error
+
+
+class PictureReader:
+    """Opens the addresses of pictures: "data:" ones and, if a folder is given, files in it. Nothing is fetched.
+
+    Decoded pictures are remembered, by the hash of their data or by the name and times of their file; the longest
+    unused ones are forgotten when all together have more than `limit` bytes of pixels. Not thread-safe.
+    """
+
+    def __init__(self, *, folder: Path | None = None, max_side: int = MAX_SIDE, limit: int = PICTURE_BYTES) -> None:
+        """folder: paths and "file:" addresses are read below it, and refused without it. max_side: see load_picture."""
+        self._folder = folder.resolve() if folder else None
+        self._max_side = max_side
+        self._limit = limit
+        self._known: OrderedDict[object, Picture] = OrderedDict()
+
+    def open(self, url: str, name: str) -> Picture:
+        """The picture at an address. name: what messages call it.
+
+        Raises ImageError for pictures that cannot be read, and for addresses that are not allowed.
+        """
+        source: bytes | Path
+        key: object
+        if url[:5].lower() == "data:":
+            key = hashlib.sha256(url.encode(errors="replace")).digest()
+            source = b"" if key in self._known else _decode_data_url(url, name)
+        else:
+            source = self._path(url, name)
+            try:
+                stat = source.stat()
+            except OSError as error:
+                raise ImageError(f"{name}: {_shown(url)} cannot be read ({error.strerror or error})") from error
+            key = source, stat.st_ino, stat.st_size, stat.st_mtime_ns
+        picture = self._known.pop(key, None) or load_picture(source, name=name, max_side=self._max_side)
+        self._known[key] = picture
+        while len(self._known) > 1 and sum(known.rgb.nbytes for known in self._known.values()) > self._limit:
+            self._known.popitem(last=False)
+        return picture if picture.name == name else replace(picture, name=name)
+
+    def _path(self, url: str, name: str) -> Path:
+        shown = _shown(url)
+        try:
+            parts = urlsplit(url) if "://" in url else None
+        except ValueError as error:
+            raise ImageError(f"{name}: {shown} is no address ({error})") from error
+        if parts and parts.scheme.lower() != "file":
+            raise ImageError(f"{name}: {shown} is not fetched: send the picture itself, as a data: address")
+        if self._folder is None:
+            raise ImageError(f"{name}: {shown} is a file: only data: addresses are allowed")
+        try:
+            path = (self._folder / (url2pathname(parts.path) if parts else url)).resolve()
+        except (OSError, ValueError, RuntimeError) as error:  # a NUL in it, or links in a circle
+            raise ImageError(f"{name}: {shown} is no path ({error})") from error
+        if not path.is_relative_to(self._folder):
+            raise ImageError(f"{name}: {shown} is not in the folder of pictures")
+        return path
+
+
+def _shown(url: str) -> str:
+    return url if len(url) <= 80 else url[:80] + "..."
+
+
+def _decode_data_url(url: str, name: str) -> bytes:
+    head, comma, data = url.partition(",")
+    kind, *options = head[5:].lower().split(";")
+    if not comma or "base64" not in [option.strip() for option in options]:
+        raise ImageError(f"{name}: the data: address is not of the form data:image/png;base64,...")
+    if kind and not kind.startswith("image/"):
+        raise ImageError(f"{name}: the data: address holds {kind}, not a picture")
+    try:
+        return base64.b64decode("".join(data.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ImageError(f"{name}: the data: address is damaged ({error})") from error
+
+
+def read_messages(messages: object, pictures: PictureReader) -> list[Message]:
+    """Return messages as the OpenAI API has them as ours: with a Picture in every part that shows one.
+
+    A content is a text, null, or a list of {"type": "text", "text": str} and {"type": "image_url", "image_url":
+    {"url": str}}; pictures are called "picture 1" and so on, in order. The role "developer" becomes "system". Other
+    keys stay as they are.
+
+    Raises TemplateError for messages of another form, and ImageError for pictures that cannot be opened.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
+        raise TemplateError("messages is not a list with at least one message")
+    n_picture = 0
+    read: list[Message] = []
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise TemplateError(f"message {len(read) + 1} is not an object with a role")
+        content = message.get("content")
+        if not (content is None or isinstance(content, str)):
+            if not isinstance(content, Sequence):
+                raise TemplateError(f"message {len(read) + 1} has a content that is neither text nor a list of parts")
+            parts = []
+            for part in content:
+                if isinstance(part, Mapping) and part.get("type") == "image_url":
+                    n_picture += 1
+                    address = part.get("image_url")
+                    url = address.get("url") if isinstance(address, Mapping) else address
+                    if not isinstance(url, str):
+                        raise TemplateError(f"message {len(read) + 1} has an image_url without a url")
+                    part = {"type": "image", "picture": pictures.open(url, f"picture {n_picture}")}
+                elif not (isinstance(part, Mapping) and part.get("type") == "text"):
+                    kind = part.get("type") if isinstance(part, Mapping) else part
+                    raise TemplateError(
+                        f"message {len(read) + 1} has a part of type {kind!r}: only text and image_url are known"
+                    )
+                parts.append(part)
+            content = parts
+        role = "system" if message["role"] == "developer" else message["role"]
+        read.append({**message, "role": role, "content": content})
+    return read
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -62,11 +62,11 @@ class Context:
         self.bytes_per_cell = bytes_per_cell(model.info, type_k, type_v)
         """Bytes of K and V that one cell takes."""
         if not model.no_alloc:
-            _check_memory(n_ctx, self.bytes_per_cell)
+            _check_memory(n_ctx, self.bytes_per_cell, model.offload_memory)
         self.model = model
         self.n_batch = n_batch
         self.type_k, self.type_v = type_k, type_v
-        self.flash_attn = _choose_flash_attn(flash_attn, type_v)
+        self.flash_attn = _choose_flash_attn(flash_attn, type_v, model.offloaded)
         self.csp: native.Csp | None = None
         self.n_window = 0
         self.n_past = 0
@@ -255,19 +255,19 @@ def bytes_per_cell(info: GgufInfo, type_k: str = "f16", type_v: str = "f16") -> 
     return kv_bytes_per_cell(info.n_layer, info.n_head_kv, info.head_dim_k, info.head_dim_v, type_k, type_v)
 
 
-def _check_memory(n_ctx: int, bytes_per_cell: int) -> None:
-    """A cache beyond the memory of the machine would not fail but be killed, when llama.cpp clears it."""
-    if native.has_gpu() or not hasattr(os, "sysconf"):
+def _check_memory(n_ctx: int, bytes_per_cell: int, offload_memory: int | None) -> None:
+    """A cache beyond all memory would not fail but be killed, when llama.cpp clears it."""
+    if offload_memory is None or not hasattr(os, "sysconf"):
         return
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") + offload_memory
     if n_ctx * bytes_per_cell > memory:
         raise ContextError(
-            f"a context of {n_ctx} cells takes {n_ctx * bytes_per_cell} bytes of KV cache, but the machine has "
+            f"a context of {n_ctx} cells takes {n_ctx * bytes_per_cell} bytes of KV cache, but there are "
             f"{memory} bytes of memory: lower the context size (-c)"
         )
 
 
-def _choose_flash_attn(flash_attn: str, type_v: str) -> str:
-    if flash_attn != "auto" or native.has_gpu():
+def _choose_flash_attn(flash_attn: str, type_v: str, offloaded: bool) -> str:
+    if flash_attn != "auto" or offloaded:
         return flash_attn
     return "off" if type_v in ("f32", "f16", "bf16") else "on"

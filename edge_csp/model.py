@@ -21,14 +21,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_csp import native
+from edge_csp.embeddings import EmbeddingCache
 from edge_csp.errors import ModelError
 from edge_csp.images import Picture
 from edge_csp.metadata import GgufInfo, check_pair, find_mmproj, read_info
+from edge_csp.rpc import Servers
 
 Progress = Callable[[str, float], None]
 """Called with what is done ("load", "encode", "prefill") and the part that is done, 0 .. 1."""
 
 EMBEDDING_CACHE_BYTES = 256 << 20
+"""Embeddings that stay in memory, in front of the cache on disk."""
+_KEY_VERSION = 1  # of what identifies an entry of the cache on disk
 
 
 @dataclass(frozen=True)
@@ -69,15 +73,21 @@ class VisionModel:
         n_threads: int | None = None,
         use_mmap: bool = True,
         no_alloc: bool = False,
+        rpc: Sequence[str] = (),
+        embedding_cache: EmbeddingCache | None = None,
         on_progress: Progress | None = None,
     ) -> None:
         """Open a GGUF text model and its mmproj.
 
         mmproj: default the one `*mmproj*.gguf` beside the model; without any the model reads text only.
-        n_gpu_layers: layers on the GPU, -1 for all. n_threads: default the cores that this process may use.
+        n_gpu_layers: layers on GPUs and RPC servers, -1 for all. n_threads: default the cores that this process may
+        use. rpc: "host:port" of llama.cpp's RPC servers, which take layers and their cells as local GPUs do;
+        pictures are encoded here. embedding_cache: keeps embeddings of pictures on disk. The default keeps none: what a
+        program is shown is not written to the user's disk unless it asks for that (`edge-csp` asks).
         no_alloc: read the metadata only. Contexts then tell what they would take, and nothing can be evaluated.
 
-        Raises ModelError if a file is missing, damaged or of the wrong kind, or if the two do not fit each other.
+        Raises ModelError if a file is missing, damaged or of the wrong kind, if the two do not fit each other, or if a
+        server cannot be used. A server that goes away later ends the process: see rpc.py.
         """
         self.info: GgufInfo = read_info(path)
         mmproj = mmproj or (find_mmproj(path) if self.info.kind == "text" else None)
@@ -91,11 +101,20 @@ class VisionModel:
         self.n_threads = n_threads or usable_cores()
         self.n_encoded = 0
         """Picture parts that the encoder has computed."""
+        self.n_from_disk = 0
+        """Picture parts whose embeddings were on disk."""
+        self.offloaded = n_gpu_layers != 0 and (bool(rpc) or native.has_gpu())
+        """True if layers and their cells lie in other memory than the host's."""
         self._embeddings: OrderedDict[tuple[str, int], NDArray[np.float32]] = OrderedDict()
+        self._embedding_cache = embedding_cache
+        self._encoder_id = ""
+        self._servers: Servers | None = None
         self._llama: Any = None
         self._mtmd: Any = None
         native.silence_logs()
         try:
+            if rpc:
+                self._servers = Servers(rpc)
             self._load(n_gpu_layers, use_mmap, on_progress)
         except BaseException:
             self.close()
@@ -112,6 +131,8 @@ class VisionModel:
         params.no_alloc = self.no_alloc
         if not use_mmap or self.no_alloc:
             params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+        if self._servers:
+            params.devices = ctypes.cast(self._servers.devices, ctypes.c_void_p)
 
         stopped: list[BaseException] = []  # exceptions (Ctrl-C, say) cannot pass through C
 
@@ -143,11 +164,33 @@ class VisionModel:
             self._mtmd = mtmd_cpp.mtmd_init_from_file(os.fsencode(self.mmproj_info.path), self._llama, mtmd_params)
             if not self._mtmd:
                 raise ModelError(f"{self.mmproj_info.path} cannot be loaded: {native.last_log_error()}")
+            if self._embedding_cache is not None:
+                self._encoder_id = self._identify_encoder(self._embedding_cache, mtmd_params)
+
+    def _identify_encoder(self, cache: EmbeddingCache, params: Any) -> str:
+        """All that embeddings depend on besides the picture: weights, settings, code, and where it runs."""
+        import llama_cpp
+
+        assert self.mmproj_info is not None
+        try:
+            digest = cache.file_digest(self.mmproj_info.path)
+        except OSError as error:
+            raise ModelError(f"{self.mmproj_info.path} cannot be read ({error.strerror or error})") from error
+        device = "gpu" if params.use_gpu and native.has_gpu() else "cpu"
+        settings = params.image_min_tokens, params.image_max_tokens, params.flash_attn_type
+        return f"{_KEY_VERSION} {digest} {settings} {device} llama-cpp-python {llama_cpp.__version__}"
 
     @property
     def handle(self) -> Any:
         """The llama_model pointer."""
         return self._llama
+
+    @property
+    def offload_memory(self) -> int | None:
+        """Bytes of the devices that hold layers and cells, None if that is not known."""
+        if self._servers and self.offloaded:
+            return self._servers.memory
+        return None if self.offloaded else 0
 
     @property
     def mtmd_handle(self) -> Any:
@@ -239,22 +282,15 @@ class VisionModel:
         return parts
 
     def encode(self, part: PicturePart) -> NDArray[np.float32]:
-        """Embeddings of a picture, f32 [n_cell, n_embd_inp]; computed once, then taken from memory.
+        """Embeddings of a picture, f32 [n_cell, n_embd_inp]; computed once, then taken from memory or from disk.
 
         Raises ModelError if the encoder fails.
         """
-        from llama_cpp import mtmd_cpp
-
         key = (part.sha256, part.index)
         if (known := self._embeddings.get(key)) is not None:
             self._embeddings.move_to_end(key)
             return known
-        native.clear_log_errors()
-        if mtmd_cpp.mtmd_encode_chunk(self._mtmd, part.chunk) != 0:
-            raise ModelError(f"{part.name}: the encoder of {self._mmproj_path} failed: {native.last_log_error()}")
-        self.n_encoded += 1
-        output = mtmd_cpp.mtmd_get_output_embd(self._mtmd)
-        embeddings = np.ctypeslib.as_array(output, shape=(part.n_cell, self.info.n_embd_inp)).copy()
+        embeddings = self._encode_or_read(part)
         self._embeddings[key] = embeddings
         while sum(array.nbytes for array in self._embeddings.values()) > EMBEDDING_CACHE_BYTES:
             self._embeddings.popitem(last=False)
@@ -273,6 +309,29 @@ class VisionModel:
         if not sizes:
             raise ModelError(f"{self._mmproj_path}: the encoder cannot be set up for {part.name}: {''.join(lines)}")
         return sum(round(float(size) * 2**20) for size in sizes)
+
+    def _encode_or_read(self, part: PicturePart) -> NDArray[np.float32]:
+        cache, shape = self._embedding_cache, (part.n_cell, self.info.n_embd_inp)
+        if cache is None:
+            return self._encode(part, shape)
+        key = f"{self._encoder_id} {part.sha256} {part.index}"
+        data = cache.get(key)
+        if data is not None and len(data) == 4 * shape[0] * shape[1]:
+            self.n_from_disk += 1
+            return np.frombuffer(data, "<f4").reshape(shape)
+        embeddings = self._encode(part, shape)
+        if np.isfinite(embeddings).all():  # a failure of the moment shall not last
+            cache.put(key, embeddings.astype("<f4", copy=False).tobytes())
+        return embeddings
+
+    def _encode(self, part: PicturePart, shape: tuple[int, int]) -> NDArray[np.float32]:
+        from llama_cpp import mtmd_cpp
+
+        native.clear_log_errors()
+        if mtmd_cpp.mtmd_encode_chunk(self._mtmd, part.chunk) != 0:
+            raise ModelError(f"{part.name}: the encoder of {self._mmproj_path} failed: {native.last_log_error()}")
+        self.n_encoded += 1
+        return np.ctypeslib.as_array(mtmd_cpp.mtmd_get_output_embd(self._mtmd), shape=shape).copy()
 
     def token_bytes(self, token: int, *, special: bool = False) -> bytes:
         """UTF-8 bytes of a token; they may be a part of a character. Control tokens are empty unless `special`."""
@@ -317,7 +376,9 @@ class VisionModel:
             import llama_cpp
 
             llama_cpp.llama_model_free(self._llama)
-        self._llama = self._mtmd = None
+        if self._servers:
+            self._servers.close()
+        self._llama = self._mtmd = self._servers = None
         self._embeddings.clear()
 
     def __enter__(self) -> VisionModel:

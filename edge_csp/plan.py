@@ -14,6 +14,7 @@ they are decoded.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,7 @@ def make_plan(
     n_window: int = 32,
     n_gpu_layers: int = -1,
     use_mmap: bool = True,
+    rpc: Sequence[str] = (),
     **settings: Any,
 ) -> Plan:
     """Plan a conversation with n_image pictures of image_size (width, height; default: what the encoder takes).
@@ -149,7 +151,7 @@ def make_plan(
     """
     if n_image < 0 or (n_text or 0) < 0 or n_ctx < 0:
         raise ContextError(f"{n_image} pictures, {n_text} tokens of text, {n_ctx} cells: numbers cannot be negative")
-    with VisionModel(path, mmproj, n_gpu_layers=n_gpu_layers, no_alloc=True) as model:
+    with VisionModel(path, mmproj, n_gpu_layers=n_gpu_layers, rpc=rpc, no_alloc=True) as model:
         picture = _picture(model, image_size) if n_image else None
         if n_text is None:
             n_text = TEXT_TOKENS + TEXT_TOKENS_PER_PICTURE * n_image
@@ -182,7 +184,7 @@ def make_plan(
             loading=(model.info.tensor_bytes if use_mmap else memory.weights) + memory.repacked,
             device_weights=memory.device_weights,
             encoder=model.mmproj_info.tensor_bytes if model.mmproj_info else 0,
-            encoder_on_device=n_gpu_layers != 0 and native.has_gpu(),
+            encoder_on_device=model.offloaded and not rpc,
             embeddings=_embedding_bytes(model, picture, n_image),
             logits=4 * model.n_vocab,
             whole=whole,

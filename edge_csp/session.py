@@ -24,6 +24,7 @@ from typing import Any
 from edge_csp.budget import Budget, parse_budget
 from edge_csp.chat import ChatTemplate, Message
 from edge_csp.context import CELL_PAD, Context, bytes_per_cell
+from edge_csp.embeddings import EmbeddingCache
 from edge_csp.errors import ContextError, NativeError, TemplateError
 from edge_csp.images import Picture
 from edge_csp.model import Part, PicturePart, Progress, TokenPart, VisionModel
@@ -47,7 +48,9 @@ class Counters:
     n_picture: int = 0
     """Picture parts evaluated."""
     n_encoded: int = 0
-    """Picture parts that went through the encoder; the others came from memory."""
+    """Picture parts that went through the encoder; the others came from memory or from disk."""
+    n_from_disk: int = 0
+    """Picture parts whose embeddings came from disk."""
     n_generated: int = 0
     n_eviction: int = 0
     n_evicted: int = 0
@@ -114,6 +117,15 @@ def _token_item(token: int) -> _Item:
 
 
 @dataclass(frozen=True)
+class _PromptEnd:
+    """The end of a prompt, where an answer begins: items, characters and pictures before it."""
+
+    n_item: int
+    n_char: int
+    n_picture: int
+
+
+@dataclass(frozen=True)
 class _Pins:
     """What stays in the cache. pictures: their numbers, from 1. spans: positions."""
 
@@ -161,6 +173,7 @@ class Session:
         self._told_trained = False
         self._items: list[_Item] = []  # what the cache holds, pruned or not
         self._text = ""  # the prompt text that became _items
+        self._prompts: list[_PromptEnd] = []  # where the prompts of the turns end in both
         self._ends: dict[int, int] = {}  # number of messages -> items that they take
         self._pins = _Pins()
 
@@ -227,16 +240,20 @@ class Session:
         if n_same < len(self._items) and not self.context.truncate(n_past):
             self._check_fit(sum(item.n_cell for item in items), n_new)
             self._forget_cells()
+            items = self._plan(text, messages)  # with the pixels
             self.counters.n_restart += 1
             n_same = 0
         del self._items[n_same:]
-        self._text = ""  # until everything is evaluated
+        n_char = _common_text(self._text, text)
+        prompts = [end for end in self._prompts if end.n_item <= n_same and end.n_char <= n_char]
+        self._text, self._prompts = "", []  # until everything is evaluated
         self._ends = {n: end for n, end in self._ends.items() if end <= n_same} | {len(messages): len(items)}
         self._pins = self._find_pins(messages, items)
         n_eviction, n_evicted = self.counters.n_eviction, self.counters.n_evicted
         self._evaluate(items[n_same:])
         self._tell_evictions("reading", n_eviction, n_evicted)
         self._text = text
+        self._prompts = [*prompts, _PromptEnd(len(items), len(text), _n_pictures(items))]
 
     def _check_fit(self, n_cell: int, n_new: int) -> None:
         if not self._pruner.is_bounded and n_cell >= self.context.n_ctx:  # one cell stays free for the answer
@@ -335,14 +352,30 @@ class Session:
         return _common_length(first, items)
 
     def _plan(self, text: str, messages: Sequence[Message]) -> list[_Item]:
-        """Items of the whole prompt; only what the cache does not hold is tokenised, if the text goes on from there."""
+        """Items of the whole prompt; only what the cache does not hold is tokenised, if the text goes on from there.
+
+        Text from an evaluated answer is not tokenised again, if that would change tokens before the answer: the model
+        may have chosen others than the tokenizer, and cells that were pruned can only be kept as they are.
+        """
         pictures = [part["picture"] for message in messages for part in _parts(message) if part["type"] == "image"]
-        if self._text and text != self._text and text.startswith(self._text):
-            n_old = _n_pictures(self._items)
-            return self._items + _items(self.model.tokenize(text[len(self._text) :], pictures[n_old:]))
+        known = [item.key[0] for item in self._items if isinstance(item.key, tuple) and item.key[1] == 0]
+        n_char = _common_text(self._text, text)
+        n_picture = _common_length(known, [picture.sha256 for picture in pictures])
+        left = self._text[n_char:]
+        if self._text and text != self._text and n_picture == len(known) and (not left or left.isspace()):
+            items = _items(self.model.tokenize(text[n_char:], pictures[n_picture:]))
+            if not left or (items and isinstance(items[0].key, int) and self.model.is_end(items[0].key)):
+                return self._items + items  # blanks at the end of the answer were trimmed: they may stay
         bos = self.template.bos_token
         add_special = not (bos and text.startswith(bos))
-        return _items(self.model.tokenize(text, pictures, add_special=add_special))
+        whole = _items(self.model.tokenize(text, pictures, add_special=add_special))
+        for end in reversed(self._prompts):
+            if end.n_char <= n_char and end.n_picture <= n_picture:
+                if _common_length(self._items, whole) >= end.n_item:
+                    break
+                rest = self.model.tokenize(text[end.n_char :], pictures[end.n_picture :])
+                return self._items[: end.n_item] + _items(rest)
+        return whole
 
     def _evaluate(self, items: Sequence[_Item]) -> None:
         """Evaluate items one batch after the other; `_items` follows, so that an interrupt loses nothing."""
@@ -369,7 +402,7 @@ class Session:
 
     def _evaluate_picture(self, part: PicturePart) -> None:
         started = time.perf_counter()
-        n_encoded, evict_s = self.model.n_encoded, self.counters.evict_s
+        n_encoded, n_from_disk, evict_s = self.model.n_encoded, self.model.n_from_disk, self.counters.evict_s
         self._report("encode", 0.0)
         embeddings = self.model.encode(part)
         encoded = time.perf_counter()
@@ -383,6 +416,7 @@ class Session:
         self.counters.encode_s += encoded - started
         self.counters.prefill_s += time.perf_counter() - encoded - (self.counters.evict_s - evict_s)
         self.counters.n_encoded += self.model.n_encoded - n_encoded
+        self.counters.n_from_disk += self.model.n_from_disk - n_from_disk
         self.counters.n_picture += 1
         self.counters.n_picture_cell += part.n_cell
 
@@ -486,7 +520,7 @@ class Session:
 
     def _forget_cells(self) -> None:
         self.context.clear()
-        self._items, self._text, self._ends, self._pins = [], "", {}, _Pins()
+        self._items, self._text, self._prompts, self._ends, self._pins = [], "", [], {}, _Pins()
 
     @property
     def n_token(self) -> int:
@@ -537,6 +571,8 @@ def open_session(
     n_gpu_layers: int = -1,
     n_threads: int | None = None,
     use_mmap: bool = True,
+    rpc: Sequence[str] = (),
+    embedding_cache: EmbeddingCache | None = None,
     on_progress: Progress | None = None,
     on_notice: Callable[[str], None] | None = None,
     **context: Any,
@@ -563,6 +599,8 @@ def open_session(
                 n_gpu_layers=n_gpu_layers,
                 n_threads=n_threads,
                 use_mmap=use_mmap,
+                rpc=rpc,
+                embedding_cache=embedding_cache,
                 on_progress=on_progress,
             )
         )
@@ -627,10 +665,22 @@ def _n_pictures(items: Sequence[_Item]) -> int:
     return sum(item.is_new_picture for item in items)
 
 
-def _common_length(a: Sequence[_Item], b: Sequence[_Item]) -> int:
+def _common_length(a: Sequence[object], b: Sequence[object]) -> int:
     n = 0
     for x, y in zip(a, b, strict=False):
         if x != y:
             break
         n += 1
     return n
+
+
+def _common_text(a: str, b: str) -> int:
+    """Characters that both texts begin with; comparing slices takes a hundredth of the time of a loop."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

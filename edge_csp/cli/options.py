@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from typer import Option
 
-from edge_csp.errors import EdgeCspError, ModelError, NativeError, SamplingError
+from edge_csp.errors import BudgetError, EdgeCspError, ModelError, NativeError, SamplingError
 
 if TYPE_CHECKING:
     from edge_csp.chat import Message
+    from edge_csp.embeddings import EmbeddingCache
     from edge_csp.model import Progress
     from edge_csp.pruning import Pruning
     from edge_csp.sampling import Sampling
@@ -63,7 +64,19 @@ class ModelOptions:
     gpu_layers: Annotated[
         int, _model("-ngl", "--gpu-layers", metavar="N", help="Layers on the GPU, if there is one; -1: all.")
     ] = -1
+    rpc: Annotated[
+        str | None,
+        _model("--rpc", metavar="HOST:PORT,…", help="RPC servers of llama.cpp that take layers as local GPUs do."),
+    ] = None
     no_mmap: Annotated[bool, _model("--no-mmap", help="Read the model into memory instead of mapping it.")] = False
+    embedding_cache: Annotated[
+        str,
+        _model(
+            "--embedding-cache",
+            metavar="SIZE|off",
+            help="Disk for embeddings of pictures, so that none is encoded twice; its folder: EDGE_CSP_CACHE_DIR.",
+        ),
+    ] = "2GiB"
 
     def paths(self) -> tuple[Path, Path | None]:
         """Files of the model and its mmproj, downloaded if need be."""
@@ -92,7 +105,25 @@ class ModelOptions:
             "n_threads": self.threads if self.threads > 0 else None,
             "n_gpu_layers": self.gpu_layers,
             "use_mmap": not self.no_mmap,
+            "rpc": self.rpc.split(",") if self.rpc else (),
+            "embedding_cache": self._embedding_cache(),
         }
+
+    def _embedding_cache(self) -> EmbeddingCache | None:
+        if self.embedding_cache == "off":
+            return None
+        from edge_csp.budget import parse_budget
+        from edge_csp.cli.render import say
+        from edge_csp.embeddings import EmbeddingCache
+
+        given = clean(self.embedding_cache)
+        try:
+            size = parse_budget(given)
+        except BudgetError:
+            size = None
+        if size is None or size.kind != "bytes":
+            raise EdgeCspError(f"--embedding-cache {given!r} is no size in bytes: write 2GiB, 500MB or off")
+        return EmbeddingCache(limit=int(size.value), on_notice=say)
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,7 @@ def command(
         cells=cells,
         n_gpu_layers=model.gpu_layers,
         use_mmap=not model.no_mmap,
+        rpc=model.rpc.split(",") if model.rpc else (),
         **{name: settings[name] for name in ("n_batch", "flash_attn", "type_k", "type_v")},
     )
     if as_json:

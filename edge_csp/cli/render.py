@@ -185,13 +185,14 @@ def stats_rows(session: Session) -> list[tuple[str, str]]:
     counters, n_token = session.counters, session.n_token
     n_evaluated = counters.n_text_cell + counters.n_picture_cell
     n_prompt = n_evaluated - counters.n_generated
+    n_from_memory = counters.n_picture - counters.n_encoded - counters.n_from_disk
     once = "each evaluated once" if n_evaluated == n_token else "some again, or taken back"
     return [
         ("cache", cache_line(session)),
         ("turns", str(counters.n_turn)),
         ("tokens evaluated", f"{n_evaluated} for a conversation of {n_token} cells: {once}"),
         ("started over", str(counters.n_restart)),
-        ("pictures", f"{counters.n_encoded} encoded, {counters.n_picture - counters.n_encoded} taken from memory"),
+        ("pictures", f"{counters.n_encoded} encoded, {n_from_memory} from memory, {counters.n_from_disk} from disk"),
         ("cells evicted", f"{counters.n_evicted} per layer and KV head, in {counters.n_eviction} evictions"),
         ("encoding", f"{counters.encode_s:.2f} s"),
         ("reading", f"{counters.prefill_s:.2f} s, {speed(n_prompt, counters.prefill_s)}"),

@@ -34,6 +34,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return kept | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "PYTHONUTF8": "1",
+        "EDGE_CSP_CACHE_DIR": str(home / "cache"),
         "HF_HOME": str(home / "hub"),
         "HF_HUB_OFFLINE": "1",
         "XDG_DATA_HOME": str(home),
@@ -56,9 +57,9 @@ def cli(environment: dict[str, str]) -> Cli:
 
 @pytest.fixture(scope="session")
 def model(demo_files: tuple[Path, Path]) -> list[str]:
-    """Options: the model to test with, one thread, greedy, short answers."""
+    """Options: the model to test with, one thread, greedy, short answers, nothing on disk."""
     text, mmproj = map(str, demo_files)
-    return ["-m", text, "--mmproj", mmproj, "-t", "1", "--temp", "0", "-n", "8"]
+    return ["-m", text, "--mmproj", mmproj, "-t", "1", "--temp", "0", "-n", "8", "--embedding-cache", "off"]
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from tests.cli.conftest import Cli
 
 EVALUATED = re.compile(r"tokens evaluated\s+(\d+) for a conversation of (\d+) cells: (.*)")
 READY = re.escape("\x1b[?2004h")  # the editor turns bracketed paste on
-ENCODED = re.compile(r"pictures\s+(\d+) encoded, (\d+) taken from memory")
+ENCODED = re.compile(r"pictures\s+(\d+) encoded, (\d+) from memory, 0 from disk")
 
 
 def test_scripted_conversation(cli: Cli, model: list[str], pictures: list[Path], tmp_path: Path) -> None:

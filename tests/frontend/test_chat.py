@@ -1,14 +1,22 @@
 """Chat templates: rendering, pictures, hostile templates and messages."""
 
+import base64
+import io
 import json
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from edge_csp.chat import FALLBACK_TEMPLATE, MEDIA_MARKER, ChatTemplate
-from edge_csp.errors import TemplateError
+from edge_csp.chat import FALLBACK_TEMPLATE, MEDIA_MARKER, ChatTemplate, PictureReader, read_messages
+from edge_csp.errors import ImageError, TemplateError
+from edge_csp.images import load_picture
 from edge_csp.metadata import read_info
 
 CHATML = """\
@@ -242,3 +250,136 @@ def test_real_template(shared) -> None:
     chat = ChatTemplate(info.chat_template, info.bos_token, info.eos_token)
     content = user(text("#1 jon:"), PICTURE, text("digit #1?"))
     assert chat.render([content]) == "<|bos|><|user|>#1 jon:<__media__>digit #1?<|assistant|>"
+
+
+# --- messages of the OpenAI API ---
+
+
+def png(seed: int, side: int = 8) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def data_url(data: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def shows(url: object) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url, "detail": "low"}}
+
+
+def test_messages_of_the_openai_api() -> None:
+    given = [
+        {"role": "developer", "content": "Be kind."},
+        user(shows(data_url(png(1))), text("What?"), shows(data_url(png(2), "image/jpeg"))),
+        {"role": "assistant", "content": None, "tool_calls": []},
+        user({"type": "image_url", "image_url": data_url(png(1), "IMAGE/PNG;charset=x")}),
+    ]
+    before = json.dumps(given)
+    system, first, answer, second = read_messages(given, PictureReader())
+    assert json.dumps(given) == before
+    assert system == {"role": "system", "content": "Be kind."}
+    assert answer == given[2]
+    assert first["content"][1] == text("What?")
+    pictures = [part["picture"] for part in (*first["content"], *second["content"]) if part["type"] == "image"]
+    assert [picture.name for picture in pictures] == ["picture 1", "picture 2", "picture 3"]
+    assert [picture.sha256 for picture in pictures] == [load_picture(png(seed)).sha256 for seed in (1, 2, 1)]
+    assert ChatTemplate(CHATML).render([first]).count(MEDIA_MARKER) == 2
+
+
+def test_pictures_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[str] = []
+
+    def load(source: bytes, *, name: str, max_side: int) -> Any:
+        decoded.append(name)
+        return load_picture(source, name=name, max_side=max_side)
+
+    monkeypatch.setattr("edge_csp.chat.load_picture", load)
+    reader = PictureReader(limit=3 * 8 * 8 * 3, max_side=8)
+    for _ in range(2):
+        for seed in (1, 2, 3):
+            picture = reader.open(data_url(png(seed)), f"{seed}")
+            assert picture.name == f"{seed}"
+    assert reader.open(data_url(png(1)), "other").name == "other"
+    assert decoded == ["1", "2", "3"]
+    reader.open(data_url(png(4)), "4")  # in the place of 2, the longest unused one
+    for seed in (1, 3, 4, 2):
+        reader.open(data_url(png(seed)), f"{seed}")
+    assert decoded == ["1", "2", "3", "4", "2"]
+    large = reader.open(data_url(png(5, 30)), "5")  # always at least the last one
+    assert large.size == (8, 8)
+
+
+def test_files_in_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    (folder / "in").mkdir(parents=True)
+    file = folder / "in" / "a b.png"
+    file.write_bytes(png(1))
+    reader = PictureReader(folder=folder)
+    for url in ("in/a b.png", str(file), file.as_uri(), "in/../in/a b.png"):
+        assert reader.open(url, "p").sha256 == load_picture(file).sha256
+    file.write_bytes(png(2))  # the same size, perhaps the same time
+    os.utime(file, (1e9, 1e9))
+    assert reader.open("in/a b.png", "p").sha256 == load_picture(png(2)).sha256
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("http://example.org/a.png", ("not fetched", "data:")),
+        ("ftp://example.org/a.png", ("not fetched",)),
+        ("http://[", ("address",)),
+        ("../secret.png", ("not in the folder",)),
+        ("/etc/passwd", ("not in the folder",)),
+        ("file:///etc/passwd", ("not in the folder",)),
+        ("link.png", ("not in the folder",)),
+        ("gone.png", ("gone.png", "cannot be read")),
+        ("a" * 5000, ("cannot be read",)),
+        ("nul\0", ("nul",)),
+        ("", ("directory",)),
+        ("data:", ("data:image/png;base64",)),
+        ("data:image/png,abc", ("data:image/png;base64",)),
+        ("data:text/html;base64,AAAA", ("text/html", "not a picture")),
+        ("data:image/png;base64,A", ("damaged",)),
+        ("data:image/png;base64,\u00e4\u00f6", ("damaged",)),
+        ("data:image/png;base64,", ("empty",)),
+        ("data:image/png;base64,AAAA", ("not a picture",)),
+    ],
+)
+def test_addresses_that_are_refused(url: str, words: tuple[str, ...], tmp_path: Path, refuses) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (tmp_path / "secret.png").write_bytes(png(1))
+    if sys.platform != "win32":
+        (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    with refuses(ImageError, "picture 1", *words):
+        read_messages([user(shows(url))], PictureReader(folder=folder))
+
+
+def test_files_are_refused_without_a_folder(refuses) -> None:
+    for url in ("a.png", "/a.png", "file:///a.png"):
+        with refuses(ImageError, url, "only data: addresses"):
+            PictureReader().open(url, "picture 1")
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        (None, ("at least one",)),
+        ([], ("at least one",)),
+        ("hello", ("not a list",)),
+        ({"role": "user"}, ("not a list",)),
+        ([user("Hi"), "hello"], ("message 2", "role")),
+        ([{"content": "Hi"}], ("message 1", "role")),
+        ([{"role": "user", "content": 7}], ("message 1", "neither text nor a list")),
+        ([user({"type": "input_audio"}, text("x"))], ("message 1", "'input_audio'", "image_url")),
+        ([user({"type": "image", "picture": 1}, text("x"))], ("message 1", "'image'")),
+        ([{"role": "user", "content": ["x"]}], ("message 1", "'x'")),
+        ([user({"type": "image_url"}, text("x"))], ("message 1", "without a url")),
+        ([user(shows(None))], ("message 1", "without a url")),
+    ],
+)
+def test_messages_that_are_refused(messages: Any, words: tuple[str, ...], refuses) -> None:
+    with refuses(TemplateError, *words):
+        read_messages(messages, PictureReader())

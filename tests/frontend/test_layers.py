@@ -1,6 +1,7 @@
 """Imports go one way: cli, server -> plan -> session -> pruning -> context, sampling -> leaves -> errors.
 
-Leaves do not import each other, but for the model, which is made of files and pictures.
+Leaves do not import each other, but for the model, which is made of files and pictures, and
+chat, whose messages hold pictures.
 """
 
 import ast
@@ -8,10 +9,11 @@ from pathlib import Path
 
 import edge_csp
 
-LEAVES = {"native", "policy", "budget", "images", "model", "chat", "metadata", "download"}
+LEAVES = {"native", "policy", "budget", "images", "model", "chat", "metadata", "download", "embeddings", "rpc"}
 MAY_IMPORT = {leaf: {"errors"} for leaf in LEAVES} | {
     "errors": set(),
-    "model": {"native", "metadata", "errors", "images"},
+    "model": {"native", "metadata", "errors", "images", "embeddings", "rpc"},
+    "chat": {"errors", "images"},
     "context": {"native", "model", "metadata", "policy", "budget", "errors"},
     "sampling": {"native", "model", "errors"},
     "pruning": {"context", "policy", "budget", "errors"},

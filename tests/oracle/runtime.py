@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections import deque
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,18 +14,17 @@ import numpy.typing as npt
 
 CACHE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
 
-_log_lines: list[str] = []
+_log_lines: deque[str] = deque(maxlen=10_000)
 
 
 @llama_cpp.llama_log_callback
 def _collect_log(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
     _log_lines.append(text.decode(errors="replace"))
-    del _log_lines[:-200]
 
 
-def log_tail() -> str:
+def log_tail(n_line: int = 200) -> str:
     """The last lines that llama.cpp logged."""
-    return "".join(_log_lines)
+    return "".join(list(_log_lines)[-n_line:])
 
 
 class Runtime:
