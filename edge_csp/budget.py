@@ -122,7 +122,8 @@ def kv_bytes_per_cell(
 ) -> int:
     """Return the bytes that one cell takes in the KV cache: K and V of all layers.
 
-    n_head_kv: KV heads, one number for all layers or one per layer (0 for a layer without attention).
+    n_head_kv: KV heads, one number for all layers or one per layer (0 for a layer that does not hold every cell, see
+    GgufInfo.n_head_kv_full; a model of such layers only gives 0).
     head_dim_k, head_dim_v: values per head. type_k, type_v: see `KV_TYPES`, upper or lower case.
 
     Raises BudgetError for an unknown type, and if a head is not a multiple of the type's block.
@@ -130,6 +131,8 @@ def kv_bytes_per_cell(
     heads = [n_head_kv] * n_layer if isinstance(n_head_kv, int) else list(n_head_kv)
     if len(heads) != n_layer:
         raise BudgetError(f"{len(heads)} numbers of KV heads were given for {n_layer} layers")
+    if not any(heads):
+        return 0
     per_head = _row_bytes("K", head_dim_k, type_k) + _row_bytes("V", head_dim_v, type_v)
     return sum(heads) * per_head
 

@@ -76,7 +76,8 @@ class Context:
         if not 1 <= n_seq <= llama_cpp.llama_max_parallel_sequences():
             most = llama_cpp.llama_max_parallel_sequences()
             raise ContextError(f"{n_seq} sequences were asked for; a context has 1 to {most}")
-        _check_memory(n_ctx * n_seq, self.bytes_per_cell, model.offload_memory)
+        if not model.no_alloc:
+            _check_memory(n_ctx * n_seq, self.bytes_per_cell, model.offload_memory)
         self.model = model
         self.n_batch = n_batch
         self.type_k, self.type_v = type_k, type_v

@@ -5,6 +5,8 @@ damaged or hostile file is named as such at once, and arrays nobody asks for (a 
 skipped. gguf.GGUFReader takes seconds for the header of a model with 150k tokens. The tests compare both.
 """
 
+from __future__ import annotations
+
 import mmap
 import re
 import struct
@@ -15,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from edge_csp.errors import ModelError
 
-__all__ = ["GgufInfo", "check_pair", "describe", "find_mmproj", "read_info"]
+__all__ = ["GgufInfo", "check_pair", "describe", "find_mmproj", "read_info", "tensor_spans"]
 
 _SCALARS = {
     0: "B",
@@ -31,7 +33,9 @@ _SCALARS = {
     12: "d",
 }  # GGUF value types
 _STRING, _ARRAY = 8, 9
-_KEPT_ARRAYS = re.compile(r"tokenizer\.ggml\.tokens|.*\.head_count(_kv)?|.*\.deepstack_mapping")
+_KEPT_ARRAYS = re.compile(
+    r"tokenizer\.ggml\.tokens|.*\.head_count(_kv)?|.*\.deepstack_mapping|.*\.(sliding_window_pattern|recurrent_layers)"
+)
 
 _TENSOR_TYPES: dict[int, tuple[str, int, int]] = {  # ggml type -> (name, values per block, bytes per block)
     0: ("F32", 1, 4),
@@ -77,6 +81,15 @@ _FILE_TYPE_NAMES = (  # by general.file_type; "-" was never or is no longer used
 )
 _FILE_TYPES = dict(enumerate(_FILE_TYPE_NAMES.split()))
 _MAX_LAYERS = 512  # LLAMA_MAX_LAYERS; llama.cpp aborts above it
+# Sliding-window models whose files may not say which layers have a window: one of n has none, the last of n or (below)
+# the first.
+_FULL_EVERY = {
+    **dict.fromkeys(("afmoe", "cohere2", "exaone-moe", "exaone4", "mellum", "muse-glimmer", "olmo2"), 4),
+    **{"gemma2": 2, "gemma3": 6, "gemma3n": 5, "gpt-oss": 2, "plamo3": 8},
+    **dict.fromkeys(("cohere2moe", "laguna", "smallthinker"), 4),
+}
+_FULL_FIRST = {"cohere2moe", "laguna", "smallthinker"}
+_INTERVAL_ARCHS = {"qwen3next", "qwen35", "qwen35moe"}  # 4, where the file does not say
 _OTHER_KINDS = {"adapter": "a LoRA adapter", "imatrix": "an importance matrix", "model_extra": "a part of a model"}
 
 # Where libmtmd looks up how many values per token a projector makes (clip_n_mmproj_embd): tensor and dimension, in ggml
@@ -124,6 +137,8 @@ class GgufInfo:
     n_head: int
     n_head_kv: tuple[int, ...]
     """KV heads [n_layer]; 0 for layers without attention."""
+    n_head_kv_full: tuple[int, ...]
+    """The same, and 0 for layers with a sliding window, which hold no more cells than that."""
     head_dim_k: int
     head_dim_v: int
     n_ctx_train: int
@@ -133,6 +148,8 @@ class GgufInfo:
     """As llama.cpp names it, e.g. Q4_K_M."""
     size_bytes: int
     """All parts."""
+    tensor_bytes: int
+    """All parts, without the headers."""
     n_params: int
     """All parts."""
     n_part: int
@@ -161,14 +178,30 @@ def read_info(path: str | Path) -> GgufInfo:
     Raises ModelError if the file is missing, no GGUF, damaged or cut off, of a version llama.cpp does not read, or if
     a part is missing or is not the first one.
     """
-    first = Path(path)
+    return _info(Path(path), _read_headers(Path(path)))
+
+
+def _read_headers(first: Path) -> list[_Header]:
+    """Headers of all parts."""
     header = _read_header(first)
     n_part = header.number("split.count") or 1
-    headers = [header]
-    if n_part > 1:
-        parts = _part_paths(first, n_part, header.number("split.no"))
-        headers += [_read_header(part) for part in parts[1:]]
-    return _info(first, headers)
+    if n_part == 1:
+        return [header]
+    parts = _part_paths(first, n_part, header.number("split.no"))
+    return [header, *(_read_header(part) for part in parts[1:])]
+
+
+def tensor_spans(path: str | Path) -> dict[str, tuple[int, int, int]]:
+    """Where every tensor of a model lies: name -> (part, first byte, byte behind its last one).
+
+    Raises ModelError like read_info().
+    """
+    headers = _read_headers(Path(path))
+    return {
+        name: (number, header.data_start + tensor.offset, header.data_start + tensor.offset + tensor.n_bytes)
+        for number, header in enumerate(headers)
+        for name, tensor in header.tensors.items()
+    }
 
 
 def check_pair(text: GgufInfo, mmproj: GgufInfo) -> None:
@@ -250,6 +283,12 @@ class _Tensor(NamedTuple):
     type_id: int
     offset: int  # from the start of the data
 
+    @property
+    def n_bytes(self) -> int:
+        """0 for types unknown here."""
+        _, block, n_bytes = _TENSOR_TYPES.get(self.type_id, ("", 1, 0))
+        return prod(self.dims) // block * n_bytes
+
 
 @dataclass
 class _Header:
@@ -257,6 +296,7 @@ class _Header:
     size_bytes: int
     values: dict[str, Any]
     tensors: dict[str, _Tensor]
+    data_start: int = 0
 
     def number(self, key: str, default: int = 0) -> int:
         value = self.values.get(key)
@@ -331,10 +371,9 @@ class _Walker:
         align = header.number("general.alignment", 32)
         if align < 1:
             raise ModelError(f"{self.path} is damaged: general.alignment is {align}")
-        end = start = -(-self.pos // align) * align
+        end = header.data_start = -(-self.pos // align) * align
         for tensor in header.tensors.values():
-            _, block, n_bytes = _TENSOR_TYPES.get(tensor.type_id, ("", 1, 0))
-            end = max(end, start + tensor.offset + prod(tensor.dims) // block * n_bytes)
+            end = max(end, header.data_start + tensor.offset + tensor.n_bytes)
         if header.tensors and end > header.size_bytes:
             raise ModelError(f"{self.path} is cut off: it has {header.size_bytes} bytes, its tensors need {end}")
 
@@ -413,6 +452,8 @@ def _info(path: Path, headers: list[_Header]) -> GgufInfo:
     head_dim = n_embd // max(n_head) if max(n_head, default=0) else 0
     tokens = header.values.get("tokenizer.ggml.tokens") or []
     projector = header.text("clip.vision.projector_type") or header.text("clip.projector_type") or None
+    n_head_kv = header.per_layer(f"{prefix}.attention.head_count_kv", n_layer, n_head)
+    n_head_kv = _where_not(_recurrent_layers(header, arch, n_layer), n_head_kv)
     return GgufInfo(
         path=path,
         kind=kind,
@@ -423,7 +464,8 @@ def _info(path: Path, headers: list[_Header]) -> GgufInfo:
         n_embd=n_embd,
         n_embd_inp=n_embd * (1 + _n_deepstack(header, arch)),
         n_head=max(n_head, default=0),
-        n_head_kv=header.per_layer(f"{prefix}.attention.head_count_kv", n_layer, n_head),
+        n_head_kv=n_head_kv,
+        n_head_kv_full=_where_not(_window_layers(header, arch, n_layer), n_head_kv),
         head_dim_k=header.number(f"{prefix}.attention.key_length", head_dim),
         head_dim_v=header.number(f"{prefix}.attention.value_length", head_dim),
         n_ctx_train=header.number(f"{prefix}.context_length"),
@@ -431,6 +473,7 @@ def _info(path: Path, headers: list[_Header]) -> GgufInfo:
         sliding_window=header.number(f"{prefix}.attention.sliding_window"),
         quantisation=_quantisation(header, tensors),
         size_bytes=sum(part.size_bytes for part in headers),
+        tensor_bytes=sum(tensor.n_bytes for tensor in tensors.values()),
         n_params=sum(prod(tensor.dims) for tensor in tensors.values()),
         n_part=len(headers),
         projector_type=projector,
@@ -458,6 +501,31 @@ def _kind(header: _Header, arch: str, has_tensors: bool) -> tuple[Literal["text"
     if header.values.get(f"{arch}.attention.causal") is False:
         return "other", "an encoder for embeddings"
     return "text", "a text model"
+
+
+def _where_not(flags: list[bool], heads: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(0 if flag else n for flag, n in zip(flags, heads, strict=True))
+
+
+def _recurrent_layers(header: _Header, arch: str, n_layer: int) -> list[bool]:
+    """Which layers of a hybrid model hold a state instead of cells, where it is not said by their KV heads."""
+    recurrent = header.values.get(f"{arch}.attention.recurrent_layers")
+    if isinstance(recurrent, list) and len(recurrent) >= n_layer:
+        return [bool(flag) for flag in recurrent[:n_layer]]
+    interval = header.number(f"{arch}.full_attention_interval", 4 if arch in _INTERVAL_ARCHS else 1)
+    return [(il + 1) % max(interval, 1) != 0 for il in range(n_layer)]
+
+
+def _window_layers(header: _Header, arch: str, n_layer: int) -> list[bool]:
+    """Which layers look back over a sliding window only."""
+    pattern = header.values.get(f"{arch}.attention.sliding_window_pattern")
+    if header.number(f"{arch}.attention.sliding_window") < 1:
+        return [False] * n_layer
+    if isinstance(pattern, list) and len(pattern) >= n_layer:
+        return [bool(flag) for flag in pattern[:n_layer]]
+    every = pattern if isinstance(pattern, int) else _FULL_EVERY.get(arch, 1)
+    rest = 0 if arch in _FULL_FIRST else every - 1
+    return [every < 1 or il % every != rest for il in range(n_layer)]
 
 
 def _n_deepstack(header: _Header, arch: str) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -71,6 +72,7 @@ class VisionModel:
         n_gpu_layers: int = -1,
         n_threads: int | None = None,
         use_mmap: bool = True,
+        no_alloc: bool = False,
         rpc: Sequence[str] = (),
         embedding_cache: EmbeddingCache | None = None,
         on_progress: Progress | None = None,
@@ -82,6 +84,7 @@ class VisionModel:
         use. rpc: "host:port" of llama.cpp's RPC servers, which take layers and their cells as local GPUs do;
         pictures are encoded here. embedding_cache: keeps embeddings of pictures on disk. The default keeps none: what a
         program is shown is not written to the user's disk unless it asks for that (`edge-csp` asks).
+        no_alloc: read the metadata only. Contexts then tell what they would take, and nothing can be evaluated.
 
         Raises ModelError if a file is missing, damaged or of the wrong kind, if the two do not fit each other, or if a
         server cannot be used. A server that goes away later ends the process: see rpc.py.
@@ -94,6 +97,7 @@ class VisionModel:
         elif self.info.kind != "text":
             raise ModelError(f"{self.info.path} is {self.info.kind_words}, not a text model")
 
+        self.no_alloc = no_alloc
         self.n_threads = n_threads or usable_cores()
         self.n_encoded = 0
         """Picture parts that the encoder has computed."""
@@ -124,8 +128,9 @@ class VisionModel:
         native.clear_log_errors()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
-        if not use_mmap:
-            params.use_mmap = False
+        params.no_alloc = self.no_alloc
+        if not use_mmap or self.no_alloc:
+            params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
         if self._servers:
             params.devices = ctypes.cast(self._servers.devices, ctypes.c_void_p)
 
@@ -154,6 +159,8 @@ class VisionModel:
             mtmd_params.n_threads = self.n_threads
             mtmd_params.print_timings = False
             mtmd_params.warmup = False
+            if self.no_alloc:
+                mtmd_params.cb_eval = self._stop_encoder = type(mtmd_params.cb_eval)(lambda _tensor, ask, _data: ask)
             self._mtmd = mtmd_cpp.mtmd_init_from_file(os.fsencode(self.mmproj_info.path), self._llama, mtmd_params)
             if not self._mtmd:
                 raise ModelError(f"{self.mmproj_info.path} cannot be loaded: {native.last_log_error()}")
@@ -194,8 +201,13 @@ class VisionModel:
         """Parts of a rendered prompt; its n-th `<__media__>` marker stands for the n-th picture.
 
         add_special: add the BOS token, if the model uses one.
-        Raises ModelError if there are pictures but no mmproj, or if markers and pictures do not match.
+        Raises ModelError if there are pictures but no mmproj, if markers and pictures do not match, or if the model has
+        no tokenizer.
         """
+        import llama_cpp
+
+        if llama_cpp.llama_vocab_type(self._vocab) == llama_cpp.LLAMA_VOCAB_TYPE_NONE:  # llama.cpp would abort
+            raise ModelError(f"{self.info.path} has no tokenizer")
         if self._mtmd is None:
             if pictures:
                 raise ModelError(f"{self.info.path} has no mmproj: it cannot read pictures")
@@ -283,6 +295,20 @@ class VisionModel:
         while sum(array.nbytes for array in self._embeddings.values()) > EMBEDDING_CACHE_BYTES:
             self._embeddings.popitem(last=False)
         return embeddings
+
+    def encoder_scratch(self, part: PicturePart) -> int:
+        """Bytes of scratch that the encoder takes for a picture, on all devices; the model is opened with no_alloc.
+
+        libmtmd reserves them when the first picture comes, and tells only its log. Its graph stops at the first node.
+        """
+        from llama_cpp import mtmd_cpp
+
+        with native.encoder_log() as lines:
+            mtmd_cpp.mtmd_encode_chunk(self._mtmd, part.chunk)
+        sizes = re.findall(r"compute buffer size = +([\d.]+) MiB", "".join(lines))
+        if not sizes:
+            raise ModelError(f"{self._mmproj_path}: the encoder cannot be set up for {part.name}: {''.join(lines)}")
+        return sum(round(float(size) * 2**20) for size in sizes)
 
     def _encode_or_read(self, part: PicturePart) -> NDArray[np.float32]:
         cache, shape = self._embedding_cache, (part.n_cell, self.info.n_embd_inp)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import ctypes
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,23 @@ class SelectParams(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in ("k_self", "k_cross", "n_recent", "n_sink")]
 
 
+class MemoryInfo(ctypes.Structure):
+    """struct llama_csp_memory_info: bytes"""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("weights", "repacked", "kv", "compute", "device_weights", "device_kv", "device_compute")
+    ]
+
+    weights: int
+    repacked: int
+    kv: int
+    compute: int
+    device_weights: int
+    device_kv: int
+    device_compute: int
+
+
 _csp_p = ctypes.c_void_p
 _seq_id = ctypes.c_int32
 _f32_p = ctypes.POINTER(ctypes.c_float)
@@ -73,6 +91,8 @@ PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "llama_csp_state_get_size": (ctypes.c_size_t, [_csp_p, _seq_id]),
     "llama_csp_state_get_data": (ctypes.c_size_t, [_csp_p, _seq_id, _u8_p, ctypes.c_size_t]),
     "llama_csp_state_set_data": (ctypes.c_int32, [_csp_p, _seq_id, _u8_p, ctypes.c_size_t]),
+    "llama_csp_get_memory": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(MemoryInfo)]),
+    "llama_csp_is_plain": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_char_p]),
 }
 
 _functions: dict[str, Callable[..., Any]] = {}
@@ -114,6 +134,33 @@ def clear_log_errors() -> None:
 def last_log_error() -> str:
     """The first error that llama.cpp logged since clear_log_errors(), usually the cause of the others."""
     return _log_errors[0] if _log_errors else "no reason given"
+
+
+@contextmanager
+def encoder_log() -> Iterator[list[str]]:
+    """The lines that libmtmd logs in a `with` block; nothing is printed meanwhile."""
+    import llama_cpp
+    from llama_cpp import mtmd_cpp
+
+    lines: list[str] = []
+    collect = llama_cpp.llama_log_callback(lambda _level, text, _user_data: lines.append(text.decode(errors="replace")))
+    mtmd_cpp.mtmd_log_set(collect, ctypes.c_void_p(0))
+    try:
+        yield lines
+    finally:
+        mtmd_cpp.mtmd_log_set(_log_callback or llama_cpp.llama_log_callback(), ctypes.c_void_p(0))
+
+
+def memory(context: Any) -> MemoryInfo:
+    """Bytes that a llama_context pointer and its model take; those that they would take, of a model without data."""
+    info = MemoryInfo()
+    _check(_call("llama_csp_get_memory", context, ctypes.byref(info)))
+    return info
+
+
+def is_plain(model: Any, tensor: str) -> bool:
+    """True if a tensor of a llama_model pointer lies in host memory as it is in the file."""
+    return bool(_call("llama_csp_is_plain", model, tensor.encode()))
 
 
 def has_gpu() -> bool:

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from edge_csp import __version__
-from edge_csp.cli import chat, demo, info, rpc_server, run
+from edge_csp.cli import chat, demo, info, plan, rpc_server, run
 from edge_csp.errors import EdgeCspError
 
 app = typer.Typer(
@@ -24,7 +24,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module, name in ((chat, "chat"), (run, "run"), (demo, "demo"), (info, "info"), (rpc_server, "rpc-server")):
+for module, name in (
+    (chat, "chat"),
+    (run, "run"),
+    (demo, "demo"),
+    (plan, "plan"),
+    (info, "info"),
+    (rpc_server, "rpc-server"),
+):
     app.command(name, help=module.command.__doc__)(module.command)
 
 

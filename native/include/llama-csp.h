@@ -149,6 +149,23 @@ LLAMA_API int32_t llama_csp_state_set_data(struct llama_csp * csp,
                                            const uint8_t *    src,
                                            size_t             size);
 
+// Bytes that a context and its model take.
+struct llama_csp_memory_info {
+    size_t weights;        // in host memory as they are in the file; mapped, if the model is
+    size_t repacked;       // rearranged for the instructions of this CPU; a mapped model keeps both
+    size_t kv;             // KV cache and recurrent state
+    size_t compute;        // scratch of the graphs
+    size_t device_weights; // the same on GPUs and RPC servers
+    size_t device_kv;
+    size_t device_compute;
+};
+
+// Needs no llama_csp. A model opened with no_alloc tells what it would take: nothing is read or allocated but metadata.
+LLAMA_API int32_t llama_csp_get_memory(const struct llama_context * ctx, struct llama_csp_memory_info * info);
+
+// 1 if a tensor of the model lies in host memory as it is in the file, 0 if it is repacked, on a device or unknown.
+LLAMA_API int32_t llama_csp_is_plain(const struct llama_model * model, const char * tensor);
+
 #ifdef __cplusplus
 }
 #endif

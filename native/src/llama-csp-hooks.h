@@ -39,3 +39,6 @@ bool llama_csp_allow_rm(const llama_csp * csp, llama_seq_id seq_id, llama_pos p0
 bool llama_csp_allow_cp(llama_csp * csp, llama_seq_id src, llama_seq_id dst);
 bool llama_csp_allow_shift(llama_csp * csp, llama_seq_id seq_id, const char * name);
 bool llama_csp_pruned(const llama_csp * csp);
+
+// mtmd_init_from_file: was the text model opened with no_alloc? Then the encoder's weights are not read either.
+LLAMA_API bool llama_csp_no_alloc(const llama_model * model);

@@ -1,4 +1,4 @@
-"""Imports go one way: cli, server -> session -> pruning -> context, sampling -> leaves -> errors.
+"""Imports go one way: cli, server -> plan -> session -> pruning -> context, sampling -> leaves -> errors.
 
 Leaves do not import each other, but for the model, which is made of files and pictures, and
 chat, whose messages hold pictures.
@@ -17,6 +17,7 @@ MAY_IMPORT = {leaf: {"errors"} for leaf in LEAVES} | {
     "context": {"native", "model", "metadata", "policy", "budget", "errors"},
     "sampling": {"native", "model", "errors"},
     "pruning": {"context", "policy", "budget", "errors"},
+    "plan": {"native", "budget", "images", "metadata", "model", "context", "session", "errors"},
     "session": LEAVES | {"context", "sampling", "pruning", "errors"},
 }
 

@@ -105,6 +105,40 @@ def test_per_layer_heads_and_head_sizes(tmp_path: Path) -> None:
     assert (info.n_head, info.n_head_kv, info.kv_values_per_cell) == (8, (2, 0), (48, 16))
 
 
+def test_layers_that_hold_every_cell(tmp_path: Path) -> None:
+    """Windows and states, where the file says which layers have them, and where upstream knows."""
+
+    def heads(arch: str, **values: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        n_layer = {"llama.block_count": 8}
+        renamed = {key.replace("llama.", f"{arch}."): value for key, value in (TEXT | n_layer | values).items()}
+        info = read_info(write(tmp_path / "m.gguf", arch, renamed, WEIGHTS))
+        return info.n_head_kv, info.n_head_kv_full
+
+    window, pattern = "llama.attention.sliding_window", "llama.attention.sliding_window_pattern"
+    every = (2,) * 8
+    assert heads("llama") == (every, every)
+    assert heads("gemma3", **{window: 16}) == (every, (0, 0, 0, 0, 0, 2, 0, 0))
+    assert heads("gemma3") == (every, every)
+    assert heads("smallthinker", **{window: 16}) == (every, (2, 0, 0, 0, 2, 0, 0, 0))
+    assert heads("phi3", **{window: 16}) == (every, every)
+    assert heads("gemma2", **{window: 16, pattern: 4}) == (every, (0, 0, 0, 2, 0, 0, 0, 2))
+    assert heads("gemma4", **{window: 16, pattern: [True, False] * 4}) == (every, (0, 2) * 4)
+    states = "llama.attention.recurrent_layers", "llama.full_attention_interval"
+    assert heads("qwen3next") == ((0, 0, 0, 2, 0, 0, 0, 2),) * 2
+    assert heads("qwen3next", **{states[1]: 2}) == ((0, 2) * 4,) * 2
+    assert heads("jamba", **{states[0]: [True] * 7 + [False]}) == ((0,) * 7 + (2,),) * 2
+
+
+def test_tensor_spans(tmp_path: Path) -> None:
+    path = text_file(tmp_path)
+    read = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    spans = metadata.tensor_spans(path)
+    assert spans == {
+        name: (0, tensor.data_offset, tensor.data_offset + tensor.n_bytes) for name, tensor in read.items()
+    }
+    assert read_info(path).tensor_bytes == sum(tensor.n_bytes for tensor in read.values())
+
+
 def test_heads_default_to_query_heads(tmp_path: Path) -> None:
     values = {key: value for key, value in TEXT.items() if not key.endswith("head_count_kv")}
     assert read_info(write(tmp_path / "m.gguf", "llama", values, WEIGHTS)).n_head_kv == (4, 4)

@@ -32,9 +32,11 @@ VALUES: dict[str, Any] = {
 POINTERS: dict[str, Any] = {
     "char*": ctypes.c_char_p,
     "llama_context*": ctypes.c_void_p,
+    "llama_model*": ctypes.c_void_p,
     "llama_csp*": ctypes.c_void_p,
     "llama_csp**": ctypes.POINTER(ctypes.c_void_p),
     "llama_csp_info*": ctypes.POINTER(native.Info),
+    "llama_csp_memory_info*": ctypes.POINTER(native.MemoryInfo),
     "float*": ctypes.POINTER(ctypes.c_float),
     "int32_t*": ctypes.POINTER(ctypes.c_int32),
     "uint8_t*": ctypes.POINTER(ctypes.c_uint8),
@@ -68,6 +70,7 @@ def test_functions() -> None:
         ("llama_csp_params", native.Params),
         ("llama_csp_info", native.Info),
         ("llama_csp_select_params", native.SelectParams),
+        ("llama_csp_memory_info", native.MemoryInfo),
     ],
 )
 def test_structures(name: str, structure: type[ctypes.Structure]) -> None:
@@ -78,7 +81,8 @@ def test_structures(name: str, structure: type[ctypes.Structure]) -> None:
 
 
 def test_every_structure_is_compared() -> None:
-    assert {*re.findall(r"struct (\w+) {", HEADER)} == {"llama_csp_params", "llama_csp_info", "llama_csp_select_params"}
+    names = {"params", "info", "select_params", "memory_info"}
+    assert {*re.findall(r"struct (\w+) {", HEADER)} == {f"llama_csp_{name}" for name in names}
 
 
 def test_constants() -> None:

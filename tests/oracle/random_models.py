@@ -6,7 +6,7 @@ Attention is far from uniform: the logits of q.k have a standard deviation of ab
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gguf
@@ -33,14 +33,16 @@ def make_model(
     seed: int = 0,
     dtype: str = "f32",
     tied: bool = False,
+    tokens: Sequence[str] | None = None,
 ) -> Path:
-    """Write a model without a tokenizer and return its path.
+    """Write a model and return its path.
 
     arch:  llama, qwen2, qwen2vl (M-RoPE), gemma3 (sliding window 16, every sixth layer full), gpt-oss (the same, every
            second layer full, attention sinks), lfm2 (hybrid: convolution and attention in turns), mamba (recurrent) or
            deepseek2 (MLA)
     dtype: of the matrices, f32 or f16
     tied:  the output matrix is the token embedding
+    tokens: vocabulary of n_vocab words, which are never merged; default: no tokenizer
     """
     builder = _Builder(np.random.default_rng(seed), n_layer, n_head, n_head_kv, head_dim, n_ff)
     writer = gguf.GGUFWriter(path, arch)
@@ -49,7 +51,12 @@ def make_model(
     writer.add_embedding_length(builder.n_embd)
     writer.add_layer_norm_rms_eps(RMS_EPS)
     writer.add_vocab_size(n_vocab)
-    writer.add_tokenizer_model("none")
+    writer.add_tokenizer_model("gpt2" if tokens else "none")
+    if tokens:
+        writer.add_tokenizer_pre("llama-bpe")
+        writer.add_token_list(tokens)
+        writer.add_token_types([gguf.TokenType.NORMAL] * n_vocab)
+        writer.add_token_merges(["1 0"])
     tensors = {"token_embd.weight": builder.normal(n_vocab, builder.n_embd)}
     tensors["token_embd_norm.weight" if arch == "lfm2" else "output_norm.weight"] = builder.norm()
     if not tied:
