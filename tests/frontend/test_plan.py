@@ -81,10 +81,8 @@ def test_plan_is_what_is_allocated(models: dict[str, Path], name: str, settings:
         planned = make_plan(models[name], budget=parse_budget("20%"), n_text=n_ctx, **settings)
         with (
             VisionModel(models[name], n_threads=1) as model,
-            Context(model, n_ctx=n_ctx, prune=False, **settings) as context,
+            Context(model, n_ctx=n_ctx, prune=not planned.notes, **settings) as context,
         ):
-            if not planned.notes:
-                context.csp = native.Csp.attach(context.handle)
             context.decode_tokens(range(min(64, context.n_batch)))
             real = native.memory(context.handle)
             assert planned.whole.n_ctx == context.n_ctx
