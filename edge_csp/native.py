@@ -52,6 +52,7 @@ class SelectParams(ctypes.Structure):
 
 
 _csp_p = ctypes.c_void_p
+_seq_id = ctypes.c_int32
 _f32_p = ctypes.POINTER(ctypes.c_float)
 _i32_p = ctypes.POINTER(ctypes.c_int32)
 _u8_p = ctypes.POINTER(ctypes.c_uint8)
@@ -62,16 +63,16 @@ PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "llama_csp_init": (ctypes.c_int32, [ctypes.c_void_p, Params, ctypes.POINTER(_csp_p)]),
     "llama_csp_free": (None, [_csp_p]),
     "llama_csp_last_error": (ctypes.c_char_p, []),
-    "llama_csp_get_info": (ctypes.c_int32, [_csp_p, ctypes.POINTER(Info)]),
-    "llama_csp_set_modality": (ctypes.c_int32, [_csp_p, ctypes.c_int32]),
+    "llama_csp_get_info": (ctypes.c_int32, [_csp_p, _seq_id, ctypes.POINTER(Info)]),
+    "llama_csp_set_modality": (ctypes.c_int32, [_csp_p, _seq_id, ctypes.c_int32]),
     "llama_csp_set_softmax_n": (ctypes.c_int32, [_csp_p, _f32_p, ctypes.c_size_t]),
-    "llama_csp_scores": (ctypes.c_int32, [_csp_p, ctypes.c_int32, ctypes.c_float, _f32_p, ctypes.c_size_t]),
-    "llama_csp_select": (ctypes.c_int32, [_csp_p, SelectParams, _f32_p, _u8_p, _i32_p, ctypes.c_size_t]),
-    "llama_csp_keep": (ctypes.c_int32, [_csp_p, _i32_p, ctypes.c_int32]),
-    "llama_csp_cells": (ctypes.c_int32, [_csp_p, _i32_p, _u8_p, ctypes.c_size_t]),
-    "llama_csp_state_get_size": (ctypes.c_size_t, [_csp_p]),
-    "llama_csp_state_get_data": (ctypes.c_size_t, [_csp_p, _u8_p, ctypes.c_size_t]),
-    "llama_csp_state_set_data": (ctypes.c_int32, [_csp_p, _u8_p, ctypes.c_size_t]),
+    "llama_csp_scores": (ctypes.c_int32, [_csp_p, _seq_id, ctypes.c_int32, ctypes.c_float, _f32_p, ctypes.c_size_t]),
+    "llama_csp_select": (ctypes.c_int32, [_csp_p, _seq_id, SelectParams, _f32_p, _u8_p, _i32_p, ctypes.c_size_t]),
+    "llama_csp_keep": (ctypes.c_int32, [_csp_p, _seq_id, _i32_p, ctypes.c_int32]),
+    "llama_csp_cells": (ctypes.c_int32, [_csp_p, _seq_id, _i32_p, _u8_p, ctypes.c_size_t]),
+    "llama_csp_state_get_size": (ctypes.c_size_t, [_csp_p, _seq_id]),
+    "llama_csp_state_get_data": (ctypes.c_size_t, [_csp_p, _seq_id, _u8_p, ctypes.c_size_t]),
+    "llama_csp_state_set_data": (ctypes.c_int32, [_csp_p, _seq_id, _u8_p, ctypes.c_size_t]),
 }
 
 _functions: dict[str, Callable[..., Any]] = {}
@@ -163,7 +164,8 @@ def _pointer(array: NDArray[Any], kind: Any) -> Any:
 class Csp:
     """A `llama_csp` attached to a llama_context; free it (`close`) before the context.
 
-    Raises NativeError with the status and the reason wherever the C function refuses.
+    `seq_id` names the sequence that a call is about. Raises NativeError with the status and the reason wherever the C
+    function refuses.
     """
 
     _handle: ctypes.c_void_p
@@ -180,25 +182,25 @@ class Csp:
         _call("llama_csp_free", self._handle)
         self._handle = ctypes.c_void_p()
 
-    def info(self) -> Info:
+    def info(self, *, seq_id: int = 0) -> Info:
         info = Info()
-        _check(_call("llama_csp_get_info", self._handle, ctypes.byref(info)))
+        _check(_call("llama_csp_get_info", self._handle, seq_id, ctypes.byref(info)))
         return info
 
-    def set_modality(self, modality: int) -> None:
+    def set_modality(self, modality: int, *, seq_id: int = 0) -> None:
         """Tag of the cells that later decodes fill; MODALITY_AUTO: tokens are text, embeddings are images."""
-        _check(_call("llama_csp_set_modality", self._handle, modality))
+        _check(_call("llama_csp_set_modality", self._handle, seq_id, modality))
 
     def set_softmax_n(self, softmax_n: float | NDArray[np.float32]) -> None:
         """N of the softmax in attention: one for all heads, or f32 [n_layer, n_head]."""
         values = np.ascontiguousarray(softmax_n, np.float32)
         _check(_call("llama_csp_set_softmax_n", self._handle, _pointer(values, _f32_p), values.size))
 
-    def scores(self, n_obs: int, softmax_n: float = 1.0) -> NDArray[np.float32]:
+    def scores(self, n_obs: int, softmax_n: float = 1.0, *, seq_id: int = 0) -> NDArray[np.float32]:
         """Attention mass per modality of the query, f32 [n_layer, n_head_kv, n_modality, n_cell]."""
-        info = self.info()
+        info = self.info(seq_id=seq_id)
         scores = np.empty((info.n_layer, info.n_head_kv, info.n_modality, info.n_cell), np.float32)
-        _check(_call("llama_csp_scores", self._handle, n_obs, softmax_n, _pointer(scores, _f32_p), scores.size))
+        _check(_call("llama_csp_scores", self._handle, seq_id, n_obs, softmax_n, _pointer(scores, _f32_p), scores.size))
         return scores
 
     def select(
@@ -210,12 +212,13 @@ class Csp:
         n_recent: int,
         n_sink: int = 0,
         pinned: NDArray[np.bool_] | None = None,
+        seq_id: int = 0,
     ) -> NDArray[np.int32]:
         """The CSP rule of the header: cells i32 [n_layer, n_head_kv, n_keep], ascending.
 
         scores f32 [n_layer, n_head_kv, n_modality, n_cell], pinned bool [n_layer, n_head_kv, n_cell].
         """
-        info = self.info()
+        info = self.info(seq_id=seq_id)
         shape = (info.n_layer, info.n_head_kv, info.n_modality, info.n_cell)
         if scores.shape != shape:
             raise ValueError(f"scores have shape {scores.shape}, needed is {shape}")
@@ -228,33 +231,33 @@ class Csp:
         params = SelectParams(k_self, k_cross, n_recent, n_sink)
         pinned_p = None if mask is None else _pointer(mask, _u8_p)
         pointers = _pointer(scores, _f32_p), pinned_p, _pointer(cells, _i32_p)
-        _check(_call("llama_csp_select", self._handle, params, *pointers, cells.size))
+        _check(_call("llama_csp_select", self._handle, seq_id, params, *pointers, cells.size))
         return cells
 
-    def keep(self, cells: NDArray[np.int32]) -> None:
+    def keep(self, cells: NDArray[np.int32], *, seq_id: int = 0) -> None:
         """Keep cells i32 [n_layer, n_head_kv, n_keep]: ascending rows that end with the last cell."""
-        info = self.info()
+        info = self.info(seq_id=seq_id)
         if cells.ndim != 3 or cells.shape[:2] != (info.n_layer, info.n_head_kv):
             raise ValueError(f"cells have shape {cells.shape}, needed is ({info.n_layer}, {info.n_head_kv}, n_keep)")
         cells = np.ascontiguousarray(cells, np.int32)
-        _check(_call("llama_csp_keep", self._handle, _pointer(cells, _i32_p), cells.shape[2]))
+        _check(_call("llama_csp_keep", self._handle, seq_id, _pointer(cells, _i32_p), cells.shape[2]))
 
-    def cells(self) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+    def cells(self, *, seq_id: int = 0) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         """True position i32 and tag u8 of the token in every cell, both [n_layer, n_head_kv, n_cell]."""
-        info = self.info()
+        info = self.info(seq_id=seq_id)
         pos = np.empty((info.n_layer, info.n_head_kv, info.n_cell), np.int32)
         tag = np.empty(pos.shape, np.uint8)
-        _check(_call("llama_csp_cells", self._handle, _pointer(pos, _i32_p), _pointer(tag, _u8_p), pos.size))
+        _check(_call("llama_csp_cells", self._handle, seq_id, _pointer(pos, _i32_p), _pointer(tag, _u8_p), pos.size))
         return pos, tag
 
-    def state(self) -> bytes:
+    def state(self, *, seq_id: int = 0) -> bytes:
         """Positions and tags, to be stored beside the state of the sequence."""
-        data = np.empty(_call("llama_csp_state_get_size", self._handle), np.uint8)
-        if _call("llama_csp_state_get_data", self._handle, _pointer(data, _u8_p), data.size) == 0:
+        data = np.empty(_call("llama_csp_state_get_size", self._handle, seq_id), np.uint8)
+        if _call("llama_csp_state_get_data", self._handle, seq_id, _pointer(data, _u8_p), data.size) == 0:
             _check(-1)
         return data.tobytes()
 
-    def set_state(self, state: bytes) -> None:
+    def set_state(self, state: bytes, *, seq_id: int = 0) -> None:
         """Restore what `state` returned, after the state of the sequence has been restored."""
         data = np.frombuffer(state, np.uint8)
-        _check(_call("llama_csp_state_set_data", self._handle, _pointer(data, _u8_p), data.size))
+        _check(_call("llama_csp_state_set_data", self._handle, seq_id, _pointer(data, _u8_p), data.size))

@@ -7,7 +7,11 @@
 // Terms
 //   cell       one KV entry, shared by all layers. Cells are in token order: cell 0 holds the first token.
 //   window     the last queries of every layer; they vote on the cells that they saw.
-//   softmax n  p = exp(x) / (n + sum exp(x)); n = 0 is the ordinary softmax.
+//   softmax n  p = exp(x) / (n + sum exp(x)); n = 0 is the ordinary softmax. A sink logit s of the model's own
+//              (gpt-oss) is part of attention and of scores: p = exp(x) / (n + exp(s) + sum exp(x)).
+//   cache      of the layers with full attention. Sliding windows and recurrent states beside it are left alone.
+//   sequence   has a stream of cells of its own (kv_unified = false), and is observed, scored, pruned and saved on its
+//              own. A unified cache has one stream: it is pruned while it holds a single sequence, of any seq_id.
 //   After llama_csp_keep() cell j holds another token in every (layer, head); llama_csp_cells() tells which.
 //
 // Conventions
@@ -36,7 +40,7 @@ enum llama_csp_status {
     LLAMA_CSP_ERR_UNSUPPORTED = -2, // this model, cache or backend cannot be pruned
     LLAMA_CSP_ERR_STATE       = -3, // the cache is not in a state that allows the call
     LLAMA_CSP_ERR_MEMORY      = -4, // an allocation failed
-    LLAMA_CSP_ERR_COMPUTE     = -5, // a backend failed to compute; after keep: the cache has been cleared
+    LLAMA_CSP_ERR_COMPUTE     = -5, // a backend failed to compute; after keep: the sequence has been removed
 };
 
 // Modality tags. Values up to LLAMA_CSP_MODALITY_MAX - 1 are free for callers.
@@ -60,8 +64,8 @@ struct llama_csp_info {
     int32_t n_head;    // query heads
     int32_t n_head_kv; // KV heads
     int32_t n_modality;
-    int32_t n_cell_max; // size of the cache
-    int32_t n_cell;     // cells in use
+    int32_t n_cell_max; // size of a stream
+    int32_t n_cell;     // cells in use in the stream of the sequence
     int32_t n_kept;     // of these, cells left by the last keep; cells >= n_kept hold the same token in every head
     int32_t n_window;   // queries in the window now
 };
@@ -79,10 +83,11 @@ LLAMA_API void llama_csp_free(struct llama_csp * csp);
 // One line about the last failure on this thread, never NULL; valid until the next failure on this thread.
 LLAMA_API const char * llama_csp_last_error(void);
 
-LLAMA_API int32_t llama_csp_get_info(const struct llama_csp * csp, struct llama_csp_info * info);
+LLAMA_API int32_t llama_csp_get_info(const struct llama_csp * csp, llama_seq_id seq_id, struct llama_csp_info * info);
 
-// Tag of the cells that the following llama_decode calls fill: LLAMA_CSP_MODALITY_AUTO (at init) or 0 .. n_modality - 1.
-LLAMA_API int32_t llama_csp_set_modality(struct llama_csp * csp, int32_t modality);
+// Tag of the cells that the following llama_decode calls fill for a sequence: LLAMA_CSP_MODALITY_AUTO (at init) or
+// 0 .. n_modality - 1.
+LLAMA_API int32_t llama_csp_set_modality(struct llama_csp * csp, llama_seq_id seq_id, int32_t modality);
 
 // n of the softmax in attention itself, >= 0 and finite; 0 restores the ordinary softmax.
 //   softmax_n: f32 [1] for all heads (n_value = 1) or f32 [n_layer][n_head] (n_value = n_layer*n_head)
@@ -92,8 +97,12 @@ LLAMA_API int32_t llama_csp_set_softmax_n(struct llama_csp * csp, const float * 
 // the query heads of a KV head and summed over the queries. A query votes on the cells that it saw.
 //   softmax_n: n of the scoring softmax (the published method: 1)
 //   scores:    f32 [n_layer][n_head_kv][n_modality][n_cell], n_value floats
-LLAMA_API int32_t
-llama_csp_scores(struct llama_csp * csp, int32_t n_obs, float softmax_n, float * scores, size_t n_value);
+LLAMA_API int32_t llama_csp_scores(struct llama_csp * csp,
+                                   llama_seq_id       seq_id,
+                                   int32_t            n_obs,
+                                   float              softmax_n,
+                                   float *            scores,
+                                   size_t             n_value);
 
 struct llama_csp_select_params {
     int32_t k_self;   // cells taken by the votes of their own modality
@@ -108,6 +117,7 @@ struct llama_csp_select_params {
 //   scores: as from llama_csp_scores(); pinned: u8 [n_layer][n_head_kv][n_cell], or NULL
 //   cells:  i32 [n_layer][n_head_kv][n_keep], ascending; n_value ints
 LLAMA_API int32_t llama_csp_select(const struct llama_csp *       csp,
+                                   llama_seq_id                   seq_id,
                                    struct llama_csp_select_params params,
                                    const float *                  scores,
                                    const uint8_t *                pinned,
@@ -117,19 +127,27 @@ LLAMA_API int32_t llama_csp_select(const struct llama_csp *       csp,
 // Keep n_keep cells per layer and KV head, 1 <= n_keep <= n_cell. Rows are moved byte for byte to the cells 0 .. n_keep - 1,
 // positions go on counting from where they were, and the window starts anew.
 //   cells: i32 [n_layer][n_head_kv][n_keep], ascending and without repeats; every row holds the last cell, n_cell - 1
-// After this, removing, copying or shifting positions inside the kept cells is refused by llama_memory_seq_*. (On a cache
-// that is not pruned these work as always; copying and shifting start the window anew.)
-LLAMA_API int32_t llama_csp_keep(struct llama_csp * csp, const int32_t * cells, int32_t n_keep);
+// After this, removing or shifting positions inside the kept cells is refused by llama_memory_seq_*, and so is copying
+// them within their stream; a copy to the stream of another sequence is pruned like the original. (On a cache that is
+// not pruned these work as always.) The window of a sequence starts anew where it was copied to, or shifted.
+LLAMA_API int32_t llama_csp_keep(struct llama_csp * csp, llama_seq_id seq_id, const int32_t * cells, int32_t n_keep);
 
 // True position and tag of the token in every cell. Either pointer may be NULL.
 //   pos: i32 [n_layer][n_head_kv][n_cell]; tag: u8 [n_layer][n_head_kv][n_cell]; n_value elements each
-LLAMA_API int32_t llama_csp_cells(const struct llama_csp * csp, int32_t * pos, uint8_t * tag, size_t n_value);
+LLAMA_API int32_t
+llama_csp_cells(const struct llama_csp * csp, llama_seq_id seq_id, int32_t * pos, uint8_t * tag, size_t n_value);
 
 // Positions and tags as bytes, to be stored beside llama_state_seq_get_data() and restored after llama_state_seq_set_data()
 // into an otherwise empty cache. get returns the bytes written (0 on failure), set refuses bytes that do not fit the cache.
-LLAMA_API size_t  llama_csp_state_get_size(const struct llama_csp * csp);
-LLAMA_API size_t  llama_csp_state_get_data(const struct llama_csp * csp, uint8_t * dst, size_t size);
-LLAMA_API int32_t llama_csp_state_set_data(struct llama_csp * csp, const uint8_t * src, size_t size);
+LLAMA_API size_t  llama_csp_state_get_size(const struct llama_csp * csp, llama_seq_id seq_id);
+LLAMA_API size_t  llama_csp_state_get_data(const struct llama_csp * csp,
+                                           llama_seq_id             seq_id,
+                                           uint8_t *                dst,
+                                           size_t                   size);
+LLAMA_API int32_t llama_csp_state_set_data(struct llama_csp * csp,
+                                           llama_seq_id       seq_id,
+                                           const uint8_t *    src,
+                                           size_t             size);
 
 #ifdef __cplusplus
 }

@@ -12,9 +12,10 @@
 
 namespace {
 
-// A K or V tensor of one layer, and the cells that each of its heads keeps.
+// One stream of a K or V tensor, and the cells that each of its heads keeps.
 struct rows {
     ggml_tensor *   t;
+    size_t          offset; // of the stream, in bytes
     int64_t         n_head;
     int64_t         head_dim;
     int64_t         n_cell_max;
@@ -83,13 +84,13 @@ void move_in_buffer(const rows & r, char * data) {
     }
 }
 
-// The whole tensor travels to the host and back: for what a device cannot gather.
+// The whole stream travels to the host and back: for what a device cannot gather.
 void move_through_host(const rows & r) {
-    const size_t      size = r.transposed ? ggml_nbytes(r.t) : r.n_cell * r.cell_size();
+    const size_t      size = r.transposed ? r.t->nb[2] : r.n_cell * r.cell_size();
     std::vector<char> data(size);
-    ggml_backend_tensor_get(r.t, data.data(), 0, size);
+    ggml_backend_tensor_get(r.t, data.data(), r.offset, size);
     move_in_buffer(r, data.data());
-    ggml_backend_tensor_set(r.t, data.data(), 0, size);
+    ggml_backend_tensor_set(r.t, data.data(), r.offset, size);
 }
 
 // Gathers the rows into a buffer of the device and copies them back, as 32-bit integers: no value is converted.
@@ -106,6 +107,7 @@ void move_on_device(const rows & r, ggml_backend_t backend, ggml_gallocr_t alloc
     const auto view_as_words = [&](int64_t n_row) {
         ggml_tensor * view = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, n_word, n_row);
         view->view_src     = r.t;
+        view->view_offs    = r.offset;
         view->op           = GGML_OP_VIEW;
         view->src[0]       = r.t;
         ggml_backend_view_init(view);
@@ -136,7 +138,7 @@ void move_on_device(const rows & r, ggml_backend_t backend, ggml_gallocr_t alloc
 
 } // namespace
 
-void llama_csp::move_rows(const int32_t * cells, int32_t n_keep) {
+void llama_csp::move_rows(const llama_csp_stream & stream, const int32_t * cells, int32_t n_keep) {
     std::vector<rows> host;
     std::vector<rows> device;
     for (size_t i = 0; i < layers.size(); ++i) {
@@ -145,21 +147,23 @@ void llama_csp::move_rows(const int32_t * cells, int32_t n_keep) {
         for (const bool is_v : { false, true }) {
             ggml_tensor * t = is_v ? layer.v : layer.k;
             const rows    r = { t,
+                                stream.index * t->nb[2],
                                 n_head_kv,
                                 is_v ? layer.head_dim_v : layer.head_dim_k,
                                 kv->get_size(),
                                 is_v && kv->v_trans,
                                 first,
                                 n_keep,
-                                n_cell() };
+                                stream.n_cell() };
             (ggml_backend_buffer_is_host(t->buffer) ? host : device).push_back(r);
         }
     }
 
     synchronize();
 
-    llama_csp_parallel(host.size(), n_thread(),
-                       [&](size_t i) { move_in_buffer(host[i], static_cast<char *>(host[i].t->data)); });
+    llama_csp_parallel(host.size(), n_thread(), [&](size_t i) {
+        move_in_buffer(host[i], static_cast<char *>(host[i].t->data) + host[i].offset);
+    });
 
     ggml_gallocr_ptr alloc;
     ggml_backend_t   alloc_backend = nullptr;
@@ -179,9 +183,9 @@ void llama_csp::move_rows(const int32_t * cells, int32_t n_keep) {
 
 // Cell j now stands for another token in every head. Upstream needs one position per cell: the largest over the heads
 // ascends with j, lies before every new token, and ends with the position of the last token.
-void llama_csp::move_cells(const int32_t * cells, int32_t n_keep) {
-    auto &       kv_cells = this->kv_cells();
-    const auto   last     = kv_cells.ext_get(n_cell() - 1);
+void llama_csp::move_cells(llama_csp_stream & stream, const int32_t * cells, int32_t n_keep) {
+    auto &       kv_cells = *stream.cells;
+    const auto   last     = kv_cells.ext_get(stream.n_cell() - 1);
     const auto   seq_id   = kv_cells.seq_get(0);
     const size_t n_value  = n_row() * n_keep;
 
@@ -190,8 +194,8 @@ void llama_csp::move_cells(const int32_t * cells, int32_t n_keep) {
     for (size_t row = 0; row < n_row(); ++row) {
         for (int32_t j = 0; j < n_keep; ++j) {
             const size_t i = row * n_keep + j;
-            pos[i]         = pos_at(row, cells[i]);
-            tag[i]         = tag_at(row, cells[i]);
+            pos[i]         = stream.pos_at(row, cells[i]);
+            tag[i]         = stream.tag_at(row, cells[i]);
         }
     }
 
@@ -205,22 +209,26 @@ void llama_csp::move_cells(const int32_t * cells, int32_t n_keep) {
         kv_cells.seq_add(j, seq_id);
     }
     kv_cells.ext_set(n_keep - 1, last); // the place in the picture, where the last token belongs to one
-    kv->v_heads[0] = n_keep;
+    kv->v_heads[stream.index] = n_keep;
 
-    kept_pos    = std::move(pos);
-    kept_tag    = std::move(tag);
-    n_last_kept = n_keep;
-    forget_queries(0);
+    stream.kept_pos    = std::move(pos);
+    stream.kept_tag    = std::move(tag);
+    stream.n_last_kept = n_keep;
+    stream.forget_queries(0);
 }
 
-int32_t llama_csp_keep(llama_csp * csp, const int32_t * cells, int32_t n_keep) {
+int32_t llama_csp_keep(llama_csp * csp, llama_seq_id seq_id, const int32_t * cells, int32_t n_keep) {
     if (csp == nullptr || cells == nullptr) {
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "csp or cells is NULL");
     }
-    if (const int32_t status = csp->check_sequence()) {
+    auto * stream = csp->find_stream(seq_id);
+    if (stream == nullptr) {
+        return csp->no_such_sequence(seq_id);
+    }
+    if (const int32_t status = stream->check_sequence(seq_id)) {
         return status;
     }
-    const int32_t n_cell = csp->n_cell();
+    const int32_t n_cell = stream->n_cell();
     if (n_keep < 1 || n_keep > n_cell) {
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "n_keep is %d, allowed are 1 .. %d (cells in use)", n_keep,
                               n_cell);
@@ -242,11 +250,12 @@ int32_t llama_csp_keep(llama_csp * csp, const int32_t * cells, int32_t n_keep) {
         return LLAMA_CSP_OK; // every cell stays: nothing to do, and the window stays too
     }
     try {
-        csp->move_rows(cells, n_keep);
-        csp->move_cells(cells, n_keep);
+        csp->finish_copies();
+        csp->move_rows(*stream, cells, n_keep);
+        csp->move_cells(*stream, cells, n_keep);
     } catch (const std::exception & e) {
-        csp->kv->clear(false); // rows are half moved
-        return llama_csp_fail(LLAMA_CSP_ERR_COMPUTE, "%s; the cache has been cleared", e.what());
+        csp->ctx->get_memory()->seq_rm(seq_id, -1, -1); // rows are half moved
+        return llama_csp_fail(LLAMA_CSP_ERR_COMPUTE, "%s; sequence %d has been removed", e.what(), seq_id);
     }
     return LLAMA_CSP_OK;
 }

@@ -182,14 +182,13 @@ void score_queries(const llama_csp_host_head & head,
     }
 
     // softmax
-    const float sink = std::log(head.softmax_n); // -inf for n = 0
-    row         total;
+    row sink, total;
+    for (int j = 0; j < N_QUERY; ++j) {
+        sink.v[j / N_LANE][j % N_LANE] = j < (int) n_query ? head.sink[first + j] : -INFINITY;
+    }
     for (int v = 0; v < N_VEC; ++v) {
-        max.v[v]   = max.v[v] > sink ? max.v[v] : splat(sink);
-        total.v[v] = vec{};
-        if (head.softmax_n > 0.0f) {
-            total.v[v] = exp_negative(splat(sink) - max.v[v]);
-        }
+        max.v[v]   = max.v[v] > sink.v[v] ? max.v[v] : sink.v[v];
+        total.v[v] = exp_negative(sink.v[v] - max.v[v]);
     }
     for (int64_t begin = 0; begin < n_cell; begin += N_BLOCK) {
         row sum = {};

@@ -13,13 +13,13 @@ struct llama_csp_host_head {
     bool         k_is_f16; // else f32
     int64_t      head_dim;
     int64_t      n_cell;
-    float        scale; // of q*k
-    float        softmax_n;
+    float        scale;  // of q*k
     float        weight; // of every vote
 
     std::vector<const float *> q;      // [n_query], head_dim values each
     std::vector<int32_t>       n_seen; // [n_query], it saw the cells [0, n_seen), at least one
     std::vector<int32_t>       tag;    // [n_query], its modality
+    std::vector<float>         sink;   // [n_query], one more logit of its softmax, or -inf
 };
 
 // False where this build has no vector instructions for it: then the graph of the CPU backend is the faster way.

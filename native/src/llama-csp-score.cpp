@@ -30,14 +30,15 @@ score_way wanted_way() {
 }
 
 // The queries that vote: the last n_obs that still have a cell. Rows of the ring.
-std::vector<int32_t> find_voters(const llama_csp & csp, int32_t n_obs) {
+std::vector<int32_t> find_voters(const llama_csp_stream & stream, int32_t n_obs) {
+    const auto &         ring = stream.ring;
     std::vector<int32_t> rows;
-    for (int32_t r = 0; r < csp.n_window; ++r) {
-        if (csp.ring[r].serial >= 0 && csp.ring[r].cell < csp.n_cell()) {
+    for (size_t r = 0; r < ring.size(); ++r) {
+        if (stream.votes(ring[r])) {
             rows.push_back(r);
         }
     }
-    std::sort(rows.begin(), rows.end(), [&](int32_t a, int32_t b) { return csp.ring[a].serial > csp.ring[b].serial; });
+    std::sort(rows.begin(), rows.end(), [&](int32_t a, int32_t b) { return ring[a].serial > ring[b].serial; });
     rows.resize(std::min<size_t>(rows.size(), n_obs));
     return rows;
 }
@@ -54,6 +55,7 @@ bool scores_on_host(const llama_csp_layer & layer) {
 
 // One KV head of a layer; scores: [n_modality][n_cell]
 void score_head_on_host(const llama_csp &            csp,
+                        const llama_csp_stream &     stream,
                         const llama_csp_layer &      layer,
                         const std::vector<int32_t> & voters,
                         int64_t                      h,
@@ -64,27 +66,29 @@ void score_head_on_host(const llama_csp &            csp,
     const size_t  n_query  = voters.size() * n_gqa;
 
     llama_csp_host_head head;
-    head.k         = (const char *) layer.k->data + h * ggml_row_size(layer.k->type, head_dim);
-    head.k_stride  = layer.k->nb[1];
-    head.k_is_f16  = layer.k->type == GGML_TYPE_F16;
-    head.head_dim  = head_dim;
-    head.n_cell    = csp.n_cell();
-    head.scale     = layer.kq_scale;
-    head.softmax_n = softmax_n;
-    head.weight    = 1.0f / n_gqa;
+    head.k = (const char *) layer.k->data + stream.index * layer.k->nb[2] + h * ggml_row_size(layer.k->type, head_dim);
+    head.k_stride = layer.k->nb[1];
+    head.k_is_f16 = layer.k->type == GGML_TYPE_F16;
+    head.head_dim = head_dim;
+    head.n_cell   = stream.n_cell();
+    head.scale    = layer.kq_scale;
+    head.weight   = 1.0f / n_gqa;
+
+    const auto * ring = (const float *) ((const char *) layer.ring->data + stream.index * layer.ring->nb[2]);
 
     std::vector<float> q(n_query * head_dim);
     for (int64_t i = 0; i < n_gqa; ++i) {
         for (const int32_t r : voters) {
-            const float * src = (const float *) layer.ring->data + (r * csp.n_head + h * n_gqa + i) * head_dim;
+            const float * src = ring + (r * csp.n_head + h * n_gqa + i) * head_dim;
             float *       dst = q.data() + head.q.size() * head_dim;
             for (int64_t d = 0; d < head_dim; ++d) {
                 dst[d] =
                     head.k_is_f16 ? ggml_fp16_to_fp32(ggml_fp32_to_fp16(src[d])) : src[d]; // as attention rounds it
             }
             head.q.push_back(dst);
-            head.n_seen.push_back(std::min(csp.ring[r].n_seen, csp.n_cell()));
-            head.tag.push_back(csp.ring[r].tag);
+            head.n_seen.push_back(std::min(stream.ring[r].n_seen, stream.n_cell()));
+            head.tag.push_back(stream.ring[r].tag);
+            head.sink.push_back(layer.sink_logit(h * n_gqa + i, softmax_n));
         }
     }
     llama_csp_host_scores(head, csp.n_modality, scores);
@@ -95,24 +99,25 @@ void score_head_on_host(const llama_csp &            csp,
 //
 
 // Cells that a graph reads, masked from n_cell on: the fast matrix kernels want multiples of 4 to 16.
-int64_t padded_cells(const llama_csp & csp) {
-    return std::min<int64_t>(GGML_PAD(csp.n_cell(), 64), csp.kv->get_size());
+int64_t padded_cells(const llama_csp_stream & stream) {
+    return std::min<int64_t>(GGML_PAD(stream.n_cell(), 64), stream.cell_tag.size());
 }
 
 struct score_graph {
     ggml_context_ptr ctx;
     ggml_cgraph *    graph = nullptr;
     ggml_tensor *    mask  = nullptr; // [n_pad, n_window]: 0 where a query saw the cell, else -inf
-    ggml_tensor *    sinks = nullptr; // [n_head]: ln n, or null
+    ggml_tensor *    sinks = nullptr; // [n_head]: sink logits, or null
     ggml_tensor *    votes = nullptr; // [n_modality, n_vote, n_head_kv], or [n_vote, n_modality, n_head_kv]
     ggml_tensor *    out   = nullptr; // [n_pad, n_modality, n_head_kv]
 };
 
-score_graph build_score_graph(const llama_csp &       csp,
-                              const llama_csp_layer & layer,
-                              ggml_backend_t          backend,
-                              bool                    use_sinks,
-                              score_way               way) {
+score_graph build_score_graph(const llama_csp &        csp,
+                              const llama_csp_stream & stream,
+                              const llama_csp_layer &  layer,
+                              ggml_backend_t           backend,
+                              bool                     use_sinks,
+                              score_way                way) {
     constexpr size_t max_nodes = 32;
 
     score_graph g;
@@ -123,7 +128,7 @@ score_graph build_score_graph(const llama_csp &       csp,
     }
     ggml_context * ctx = g.ctx.get();
 
-    const int64_t n_pad    = padded_cells(csp);
+    const int64_t n_pad    = padded_cells(stream);
     const int64_t n_vote   = csp.n_window * (csp.n_head / csp.n_head_kv);
     const int64_t head_dim = layer.head_dim_k;
 
@@ -134,7 +139,7 @@ score_graph build_score_graph(const llama_csp &       csp,
     };
     const auto heads_of = [&](ggml_tensor * t, int64_t n_row, int64_t n_head) { // [head_dim, n_row, n_head]
         const size_t head_size = ggml_row_size(t->type, head_dim);
-        return ggml_view_3d(ctx, t, head_dim, n_row, n_head, t->nb[1], head_size, 0);
+        return ggml_view_3d(ctx, t, head_dim, n_row, n_head, t->nb[1], head_size, stream.index * t->nb[2]);
     };
 
     // the attention rows of the window, [n_pad, n_window, n_head], by the operations that attention itself uses
@@ -168,24 +173,22 @@ struct score_inputs {
     std::vector<float> mask;    // [n_window][n_pad]
     std::vector<float> votes;   // [n_head_kv][n_vote][n_modality]
     std::vector<float> votes_t; // [n_head_kv][n_modality][n_vote]
-    std::vector<float> sinks;   // [n_head]
 
-    score_inputs(const llama_csp & csp, const std::vector<int32_t> & voters, float softmax_n) {
-        const int64_t n_pad  = padded_cells(csp);
+    score_inputs(const llama_csp & csp, const llama_csp_stream & stream, const std::vector<int32_t> & voters) {
+        const int64_t n_pad  = padded_cells(stream);
         const int64_t n_gqa  = csp.n_head / csp.n_head_kv;
         const int64_t n_vote = csp.n_window * n_gqa;
 
         mask.assign(n_pad * csp.n_window, -INFINITY);
         votes.assign(csp.n_head_kv * n_vote * csp.n_modality, 0.0f);
         votes_t.assign(votes.size(), 0.0f);
-        sinks.assign(csp.n_head, std::log(softmax_n));
 
         for (int64_t r = 0; r < csp.n_window; ++r) {
             mask[r * n_pad] = 0.0f; // a row must not be masked altogether, also where it does not vote
         }
         for (const int64_t r : voters) {
-            const auto & query = csp.ring[r];
-            std::fill_n(mask.begin() + r * n_pad, std::min(query.n_seen, csp.n_cell()), 0.0f);
+            const auto & query = stream.ring[r];
+            std::fill_n(mask.begin() + r * n_pad, std::min(query.n_seen, stream.n_cell()), 0.0f);
             for (int64_t h = 0; h < csp.n_head_kv; ++h) {
                 for (int64_t i = r; i < n_vote; i += csp.n_window) {
                     votes[(h * n_vote + i) * csp.n_modality + query.tag]   = 1.0f / n_gqa;
@@ -201,29 +204,35 @@ void set_input(ggml_tensor * t, const std::vector<float> & data) {
 }
 
 // scores: [n_head_kv][n_modality][n_cell]
-void score_layer_on_backend(const llama_csp &       csp,
-                            const llama_csp_layer & layer,
-                            ggml_backend_t          backend,
-                            ggml_gallocr_t          alloc,
-                            const score_inputs &    inputs,
-                            float                   softmax_n,
-                            score_way               way,
-                            float *                 scores) {
-    score_graph g = build_score_graph(csp, layer, backend, softmax_n > 0.0f, way);
+void score_layer_on_backend(const llama_csp &        csp,
+                            const llama_csp_stream & stream,
+                            const llama_csp_layer &  layer,
+                            ggml_backend_t           backend,
+                            ggml_gallocr_t           alloc,
+                            const score_inputs &     inputs,
+                            float                    softmax_n,
+                            score_way                way,
+                            float *                  scores) {
+    const bool  use_sinks = softmax_n > 0.0f || !layer.model_sinks.empty();
+    score_graph g         = build_score_graph(csp, stream, layer, backend, use_sinks, way);
     if (!ggml_gallocr_alloc_graph(alloc, g.graph)) {
         throw std::bad_alloc();
     }
     set_input(g.mask, inputs.mask);
     set_input(g.votes, g.votes->ne[0] == csp.n_modality ? inputs.votes : inputs.votes_t);
     if (g.sinks) {
-        set_input(g.sinks, inputs.sinks);
+        std::vector<float> sinks(csp.n_head);
+        for (int64_t h = 0; h < csp.n_head; ++h) {
+            sinks[h] = layer.sink_logit(h, softmax_n);
+        }
+        set_input(g.sinks, sinks);
     }
     if (ggml_backend_graph_compute(backend, g.graph) != GGML_STATUS_SUCCESS) {
         throw std::runtime_error(std::string(ggml_backend_name(backend)) + " failed to compute the scores");
     }
     std::vector<float> padded(ggml_nelements(g.out));
     ggml_backend_tensor_get(g.out, padded.data(), 0, ggml_nbytes(g.out));
-    const int64_t n_cell = csp.n_cell();
+    const int64_t n_cell = stream.n_cell();
     for (int64_t i = 0; i < (int64_t) csp.n_head_kv * csp.n_modality; ++i) {
         std::copy_n(padded.begin() + i * g.out->ne[0], n_cell, scores + i * n_cell);
     }
@@ -231,19 +240,19 @@ void score_layer_on_backend(const llama_csp &       csp,
 
 } // namespace
 
-int32_t llama_csp::compute_scores(int32_t n_obs, float softmax_n, float * scores) {
+int32_t llama_csp::compute_scores(const llama_csp_stream & stream, int32_t n_obs, float softmax_n, float * scores) {
     for (const auto & layer : layers) {
         if (layer.kq_scale == 0.0f) {
             return llama_csp_fail(LLAMA_CSP_ERR_STATE, "layer %d has recorded no queries: decode tokens first",
                                   layer.il);
         }
     }
-    const auto voters = find_voters(*this, n_obs);
+    const auto voters = find_voters(stream, n_obs);
     if (voters.empty()) {
         return llama_csp_fail(LLAMA_CSP_ERR_STATE, "the window is empty: decode tokens first");
     }
     const score_way way     = wanted_way();
-    const int64_t   n_value = (int64_t) n_modality * n_cell(); // values of one KV head
+    const int64_t   n_value = (int64_t) n_modality * stream.n_cell(); // values of one KV head
 
     synchronize();
 
@@ -261,11 +270,12 @@ int32_t llama_csp::compute_scores(int32_t n_obs, float softmax_n, float * scores
 
     llama_csp_parallel(host_rows.size(), n_thread(), [&](size_t i) {
         const size_t row = host_rows[i];
-        score_head_on_host(*this, layers[row / n_head_kv], voters, row % n_head_kv, softmax_n, scores + row * n_value);
+        score_head_on_host(*this, stream, layers[row / n_head_kv], voters, row % n_head_kv, softmax_n,
+                           scores + row * n_value);
     });
 
     std::map<ggml_backend_t, ggml_gallocr_ptr> allocs; // compute buffers, shared by the layers of a backend
-    const score_inputs                         inputs(*this, voters, softmax_n);
+    const score_inputs                         inputs(*this, stream, voters);
     for (const size_t i : backend_layers) {
         ggml_backend_t backend = backend_of(layers[i].k);
         auto &         alloc   = allocs[backend];
@@ -275,15 +285,20 @@ int32_t llama_csp::compute_scores(int32_t n_obs, float softmax_n, float * scores
         if (!alloc) {
             throw std::bad_alloc();
         }
-        score_layer_on_backend(*this, layers[i], backend, alloc.get(), inputs, softmax_n, way,
+        score_layer_on_backend(*this, stream, layers[i], backend, alloc.get(), inputs, softmax_n, way,
                                scores + i * n_head_kv * n_value);
     }
     return LLAMA_CSP_OK;
 }
 
-int32_t llama_csp_scores(llama_csp * csp, int32_t n_obs, float softmax_n, float * scores, size_t n_value) {
+int32_t
+llama_csp_scores(llama_csp * csp, llama_seq_id seq_id, int32_t n_obs, float softmax_n, float * scores, size_t n_value) {
     if (csp == nullptr || scores == nullptr) {
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "csp or scores is NULL");
+    }
+    const auto * stream = csp->find_stream(seq_id);
+    if (stream == nullptr) {
+        return csp->no_such_sequence(seq_id);
     }
     if (n_obs < 1 || n_obs > csp->n_window) {
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "n_obs is %d, allowed are 1 .. %d (n_window)", n_obs,
@@ -292,18 +307,19 @@ int32_t llama_csp_scores(llama_csp * csp, int32_t n_obs, float softmax_n, float 
     if (!(softmax_n >= 0.0f) || !std::isfinite(softmax_n)) {
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "softmax_n is %g, allowed are finite values >= 0", softmax_n);
     }
-    const size_t needed = csp->n_row() * csp->n_modality * csp->n_cell();
+    const size_t needed = csp->n_row() * csp->n_modality * stream->n_cell();
     if (n_value != needed) {
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT,
                               "n_value is %zu, needed are %zu (n_layer*n_head_kv*n_modality*n_cell)", n_value, needed);
     }
-    if (const int32_t status = csp->check_sequence()) {
+    if (const int32_t status = stream->check_sequence(seq_id)) {
         return status;
     }
     try {
-        return csp->compute_scores(n_obs, softmax_n, scores);
+        csp->finish_copies();
+        return csp->compute_scores(*stream, n_obs, softmax_n, scores);
     } catch (const std::bad_alloc &) {
-        return llama_csp_fail(LLAMA_CSP_ERR_MEMORY, "no memory to score %d cells", csp->n_cell());
+        return llama_csp_fail(LLAMA_CSP_ERR_MEMORY, "no memory to score %d cells", stream->n_cell());
     } catch (const std::exception & e) {
         return llama_csp_fail(LLAMA_CSP_ERR_COMPUTE, "%s", e.what());
     }

@@ -30,14 +30,15 @@ struct ranking {
     }
 };
 
-void select_row(const llama_csp &               csp,
+void select_row(const llama_csp_stream &        stream,
+                int32_t                         n_modality,
                 const llama_csp_select_params & params,
                 size_t                          row,
                 const float *                   scores,
                 const uint8_t *                 pinned,
                 int32_t *                       cells,
                 int32_t                         n_keep) {
-    const int32_t n_cell = csp.n_cell();
+    const int32_t n_cell = stream.n_cell();
 
     std::vector<float>   self(n_cell);
     std::vector<float>   cross(n_cell, 0.0f);
@@ -46,8 +47,8 @@ void select_row(const llama_csp &               csp,
     int32_t              n_place = n_keep;
 
     for (int32_t cell = 0; cell < n_cell; ++cell) {
-        const int32_t tag = csp.tag_at(row, cell);
-        for (int32_t m = 0; m < csp.n_modality; ++m) {
+        const int32_t tag = stream.tag_at(row, cell);
+        for (int32_t m = 0; m < n_modality; ++m) {
             const float score = scores[m * n_cell + cell];
             if (m == tag) {
                 self[cell] = score;
@@ -85,6 +86,7 @@ void select_row(const llama_csp &               csp,
 } // namespace
 
 int32_t llama_csp_select(const llama_csp *       csp,
+                         llama_seq_id            seq_id,
                          llama_csp_select_params params,
                          const float *           scores,
                          const uint8_t *         pinned,
@@ -93,15 +95,19 @@ int32_t llama_csp_select(const llama_csp *       csp,
     if (csp == nullptr || scores == nullptr || cells == nullptr) {
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "csp, scores or cells is NULL");
     }
+    const auto * stream = csp->find_stream(seq_id);
+    if (stream == nullptr) {
+        return csp->no_such_sequence(seq_id);
+    }
     if (params.k_self < 0 || params.k_cross < 0 || params.n_recent < 1 || params.n_sink < 0) {
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT,
                               "k_self %d, k_cross %d, n_recent %d, n_sink %d: allowed are values >= 0, n_recent >= 1",
                               params.k_self, params.k_cross, params.n_recent, params.n_sink);
     }
-    if (const int32_t status = csp->check_sequence()) {
+    if (const int32_t status = stream->check_sequence(seq_id)) {
         return status;
     }
-    const int64_t n_cell = csp->n_cell();
+    const int64_t n_cell = stream->n_cell();
     const int64_t n_keep = std::min<int64_t>(n_cell, (int64_t) params.k_self + params.k_cross + params.n_recent);
     if (n_value != csp->n_row() * n_keep) {
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "n_value is %zu, needed are %zu (n_layer*n_head_kv*n_keep)",
@@ -121,7 +127,7 @@ int32_t llama_csp_select(const llama_csp *       csp,
     }
     try {
         llama_csp_parallel(csp->n_row(), csp->n_thread(), [&](size_t row) {
-            select_row(*csp, params, row, scores + row * csp->n_modality * n_cell,
+            select_row(*stream, csp->n_modality, params, row, scores + row * csp->n_modality * n_cell,
                        pinned ? pinned + row * n_cell : nullptr, cells + row * n_keep, n_keep);
         });
     } catch (const std::bad_alloc &) {

@@ -18,30 +18,34 @@ public:
         csp(csp),
         rows(rows) {}
 
-    void set_input(const llama_ubatch * ubatch) override {
-        std::vector<int64_t> data(rows->ne[0]);
-        csp->push_queries(*ubatch, rows->ne[0], data.data());
+    void set_input(const llama_ubatch *) override {
+        std::vector<int64_t> data(ggml_nelements(rows));
+        for (size_t s = 0; s < csp->ubatch_streams.size(); ++s) {
+            csp->push_queries(csp->streams[csp->ubatch_streams[s]], rows->ne[0], data.data() + s * rows->ne[0]);
+        }
         ggml_backend_tensor_set(rows, data.data(), 0, ggml_nbytes(rows));
     }
 
-    // the shape depends on the number of tokens only, which upstream compares; attaching and detaching drop all graphs
+    // upstream compares the number of tokens, and the sequences where there are several streams; attaching and
+    // detaching drop all graphs
     bool can_reuse(const llm_graph_params &) override { return true; }
 
     llama_csp *   csp;
-    ggml_tensor * rows; // [n_row] i64
+    ggml_tensor * rows; // [n_row, n_stream of the ubatch] i64, in the ring of a stream
 };
 
-graph_input_csp * find_or_add_input(const llm_graph_context & graph, llama_csp * csp) {
+ggml_tensor * find_or_add_rows(const llm_graph_context & graph, llama_csp * csp, int64_t n_stream) {
     for (const auto & input : graph.res->inputs) {
         if (auto * found = dynamic_cast<graph_input_csp *>(input.get())) {
-            return found;
+            return found->rows;
         }
     }
-    ggml_tensor * rows =
-        ggml_new_tensor_1d(graph.ctx0, GGML_TYPE_I64, std::min<int64_t>(graph.n_tokens, csp->n_window));
+    const int64_t n_row = std::min<int64_t>(graph.n_tokens / n_stream, csp->n_window);
+    ggml_tensor * rows  = ggml_new_tensor_2d(graph.ctx0, GGML_TYPE_I64, n_row, n_stream);
     ggml_set_input(rows);
     ggml_set_name(rows, "csp_rows");
-    return static_cast<graph_input_csp *>(graph.res->add_input(std::make_unique<graph_input_csp>(csp, rows)));
+    graph.res->add_input(std::make_unique<graph_input_csp>(csp, rows));
+    return rows;
 }
 
 } // namespace
@@ -59,23 +63,31 @@ ggml_tensor * llama_csp_build_attn(const llm_graph_context & graph,
     if (layer == csp->layers.end() || k->view_src != layer->k) {
         return sinks; // attention over something else than this cache
     }
-    if (q->ne[0] == layer->head_dim_k && q->ne[1] == csp->n_head && q->ne[2] == graph.n_tokens) {
-        const auto *  input = find_or_add_input(graph, csp);
-        const int64_t n_row = input->rows->ne[0];
+    const int64_t n_stream = csp->streams.size() == 1 ? 1 : graph.ubatch.n_seqs_unq; // of the ubatch
+    if (q->ne[0] == layer->head_dim_k && q->ne[1] == csp->n_head && q->ne[2] == graph.n_tokens &&
+        k->ne[3] == n_stream) {
+        const int64_t n_token = q->ne[2] / n_stream; // of a stream
+        ggml_tensor * rows    = find_or_add_rows(graph, csp, n_stream);
 
-        ggml_tensor * last =
-            ggml_view_3d(graph.ctx0, q, q->ne[0], q->ne[1], n_row, q->nb[1], q->nb[2], (q->ne[2] - n_row) * q->nb[2]);
-        if (!ggml_is_contiguous(last)) {
-            last = ggml_cont(graph.ctx0, last);
+        if (q->nb[0] != sizeof(float) || q->nb[1] != q->ne[0] * sizeof(float)) {
+            q = ggml_cont(graph.ctx0, q); // heads are not next to each other
         }
-        last = ggml_reshape_2d(graph.ctx0, last, q->ne[0] * q->ne[1], n_row);
-        ggml_build_forward_expand(graph.gf, ggml_set_rows(graph.ctx0, layer->ring, last, input->rows));
+        ggml_tensor * last = ggml_view_3d(graph.ctx0, q, q->ne[0] * q->ne[1], rows->ne[0], n_stream, q->nb[2],
+                                          n_token * q->nb[2], (n_token - rows->ne[0]) * q->nb[2]);
+
+        ggml_tensor * ring = layer->ring;
+        if (ring->ne[2] != n_stream) {
+            const size_t first = k->view_offs / layer->k->nb[2]; // stream
+            ring = ggml_view_3d(graph.ctx0, ring, ring->ne[0], ring->ne[1], n_stream, ring->nb[1], ring->nb[2],
+                                first * ring->nb[2]);
+        }
+        ggml_build_forward_expand(graph.gf, ggml_set_rows(graph.ctx0, ring, last, rows));
         layer->kq_scale = kq_scale;
     }
     return csp->use_sinks ? layer->sinks : sinks;
 }
 
-void llama_csp::forget_queries(int32_t first) {
+void llama_csp_stream::forget_queries(int32_t first) {
     serial = 0;
     for (auto & query : ring) {
         if (query.cell >= first) {
@@ -86,13 +98,17 @@ void llama_csp::forget_queries(int32_t first) {
     }
 }
 
-void llama_csp::push_queries(const llama_ubatch & ubatch, int64_t n_row, int64_t * rows) {
-    const auto last = std::max_element(ubatch_cells.begin(), ubatch_cells.end());
-    for (int64_t i = 0; i < n_row; ++i, ++serial) {
-        const uint32_t cell = ubatch_cells[ubatch.n_tokens - n_row + i];
-        const uint32_t seen = ctx->get_causal_attn() ? cell : *last;
+void llama_csp::push_queries(llama_csp_stream & stream, int64_t n_row, int64_t * rows) {
+    const auto & cells = stream.ubatch_cells;
+    const auto   last  = std::max_element(cells.begin(), cells.end());
 
-        rows[i]       = serial % n_window;
-        ring[rows[i]] = { serial, (int32_t) cell, (int32_t) seen + 1, cell_tag[cell] };
+    const bool causal =
+        ctx->get_causal_attn() || kv->hparams.non_causal_type == LLAMA_NON_CAUSAL_TYPE_SWA_ONLY; // of other layers
+    for (int64_t i = 0; i < n_row; ++i, ++stream.serial) {
+        const uint32_t cell = cells[cells.size() - n_row + i];
+        const uint32_t seen = causal ? cell : *last;
+
+        rows[i]              = stream.serial % n_window;
+        stream.ring[rows[i]] = { stream.serial, (int32_t) cell, (int32_t) seen + 1, stream.cell_tag[cell] };
     }
 }

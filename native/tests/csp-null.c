@@ -40,17 +40,17 @@ int main(void) {
     CHECK_REFUSED(llama_csp_init(NULL, params, &csp), "ctx is NULL");
     CHECK(csp == NULL);
 
-    CHECK_REFUSED(llama_csp_get_info(NULL, &info), "csp or info is NULL");
-    CHECK_REFUSED(llama_csp_set_modality(NULL, LLAMA_CSP_MODALITY_AUTO), "csp is NULL");
+    CHECK_REFUSED(llama_csp_get_info(NULL, 0, &info), "csp or info is NULL");
+    CHECK_REFUSED(llama_csp_set_modality(NULL, 0, LLAMA_CSP_MODALITY_AUTO), "csp is NULL");
     CHECK_REFUSED(llama_csp_set_softmax_n(NULL, scores, 1), "csp or softmax_n is NULL");
-    CHECK_REFUSED(llama_csp_scores(NULL, 1, 1.0f, scores, 1), "csp or scores is NULL");
-    CHECK_REFUSED(llama_csp_select(NULL, share, scores, NULL, cells, 1), "csp, scores or cells is NULL");
-    CHECK_REFUSED(llama_csp_keep(NULL, cells, 1), "csp or cells is NULL");
-    CHECK_REFUSED(llama_csp_cells(NULL, cells, bytes, 1), "csp is NULL");
-    CHECK_REFUSED(llama_csp_state_set_data(NULL, bytes, 1), "csp or src is NULL");
+    CHECK_REFUSED(llama_csp_scores(NULL, 0, 1, 1.0f, scores, 1), "csp or scores is NULL");
+    CHECK_REFUSED(llama_csp_select(NULL, 0, share, scores, NULL, cells, 1), "csp, scores or cells is NULL");
+    CHECK_REFUSED(llama_csp_keep(NULL, 0, cells, 1), "csp or cells is NULL");
+    CHECK_REFUSED(llama_csp_cells(NULL, 0, cells, bytes, 1), "csp is NULL");
+    CHECK_REFUSED(llama_csp_state_set_data(NULL, 0, bytes, 1), "csp or src is NULL");
 
-    CHECK(llama_csp_state_get_size(NULL) == 0);
-    CHECK(llama_csp_state_get_data(NULL, bytes, 1) == 0);
+    CHECK(llama_csp_state_get_size(NULL, 0) == 0);
+    CHECK(llama_csp_state_get_data(NULL, 0, bytes, 1) == 0);
     CHECK(strcmp(llama_csp_last_error(), "csp or dst is NULL") == 0);
     llama_csp_free(NULL);
 

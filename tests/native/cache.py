@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,25 +25,28 @@ class CacheRows:
     v: Bytes  # [n_layer, n_head_kv, n_cell, n_byte]
 
 
-def sequence_state(runtime: Runtime) -> Bytes:
-    size = llama_cpp.llama_state_seq_get_size(runtime.ctx, 0)
+def sequence_state(runtime: Runtime, seq_id: int = 0) -> Bytes:
+    size = llama_cpp.llama_state_seq_get_size(runtime.ctx, seq_id)
     data = np.empty(size, np.uint8)
     pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-    assert llama_cpp.llama_state_seq_get_data(runtime.ctx, pointer, size, 0) == size
+    assert llama_cpp.llama_state_seq_get_data(runtime.ctx, pointer, size, seq_id) == size
     return data
 
 
-def restore_sequence(runtime: Runtime, state: Bytes) -> None:
+def restore_sequence(runtime: Runtime, state: Bytes, seq_id: int = 0) -> None:
     pointer = np.ascontiguousarray(state).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-    assert llama_cpp.llama_state_seq_set_data(runtime.ctx, pointer, state.size, 0) == state.size
+    assert llama_cpp.llama_state_seq_set_data(runtime.ctx, pointer, state.size, seq_id) == state.size
 
 
-def read_rows(runtime: Runtime, n_layer: int, n_head_kv: int, n_cell: int) -> CacheRows:
-    """Parse the state of the sequence from its end: u32 v_trans, u32 n_layer, then for every K and every V a header
-    (i32 type, u64 row size; a transposed V: i32 type, u32 element size, u32 rows) and its data.
+def read_rows(runtime: Runtime, n_layer: int, n_head_kv: int, n_cell: int, seq_id: int = 0) -> CacheRows:
+    """Rows of the first cache in the state of a sequence (where there are two: of the full-attention layers).
+
+    u32 v_trans, u32 n_layer, then for every K and every V a header (i32 type, u64 row size; a transposed V: i32 type,
+    u32 element size, u32 rows) and its data. What lies before it, positions, has a variable size; what follows it are
+    the caches of other layers.
     """
-    data = sequence_state(runtime)
-    for offset in range(data.size - 8, -1, -1):  # the metadata before it has a variable size
+    data = sequence_state(runtime, seq_id)
+    for offset in range(0, data.size - 8, 4):
         v_trans, layers = data[offset : offset + 8].view(np.uint32)
         if v_trans in (0, 1) and layers == n_layer:
             rows = _parse(data[offset + 8 :], bool(v_trans), n_layer, n_head_kv, n_cell)
@@ -56,7 +60,7 @@ def _parse(data: Bytes, v_trans: bool, n_layer: int, n_head_kv: int, n_cell: int
     if k is None:
         return None
     v, data = (_parse_columns if v_trans else _parse_rows)(data, n_layer, n_head_kv, n_cell)
-    return None if v is None or data.size else CacheRows(k, v)
+    return None if v is None else CacheRows(k, v)
 
 
 def _parse_rows(data: Bytes, n_layer: int, n_head_kv: int, n_cell: int) -> tuple[Bytes | None, Bytes]:
@@ -112,10 +116,19 @@ class GraphTap:
             self._tensors[name] = values  # the last one of a layer, for Qcur the one after RoPE
         return is_wanted if ask else True
 
-    def heads(self, name: str, n_layer: int, n_head: int, head_dim: int) -> npt.NDArray[np.float32]:
-        """A tensor of all layers at the last decode, [n_layer, n_head, n_token, head_dim]."""
-        rows = [self._tensors[f"{name}-{il}"].reshape(-1, n_head, head_dim) for il in range(n_layer)]
+    def heads(self, name: str, layers: int | Iterable[int], n_head: int, head_dim: int) -> npt.NDArray[np.float32]:
+        """A tensor of some layers (of the first ones) at the last decode, [n_layer, n_head, n_token, head_dim]."""
+        wanted = range(layers) if isinstance(layers, int) else layers
+        rows = [self._tensors[f"{name}-{il}"].reshape(-1, n_head, head_dim) for il in wanted]
         return np.stack(rows).transpose(0, 2, 1, 3)
 
     def queries(self, n_layer: int, n_head: int, head_dim: int) -> npt.NDArray[np.float32]:
         return self.heads("Qcur", n_layer, n_head, head_dim)
+
+    def attention(
+        self, layers: Iterable[int], n_head: int, n_stream: int = 1, n_token: int = 1
+    ) -> npt.NDArray[np.float32]:
+        """Rows of the softmax at the last decode, as [n_layer, n_stream, n_head, n_token of a stream, n_kv]; pass
+        "kq_soft_max" to the constructor, flash attention off.
+        """
+        return np.stack([self._tensors[f"kq_soft_max-{il}"].reshape(n_stream, n_head, n_token, -1) for il in layers])

@@ -23,6 +23,7 @@ HEADER = code_of(NATIVE / "include/llama-csp.h")
 VALUES: dict[str, Any] = {
     "void": None,
     "int32_t": ctypes.c_int32,
+    "llama_seq_id": ctypes.c_int32,
     "size_t": ctypes.c_size_t,
     "float": ctypes.c_float,
     "llama_csp_params": native.Params,

@@ -20,10 +20,15 @@ from tests.native.conftest import MODELS, Open
 from tests.oracle.random_models import make_model
 from tests.oracle.runtime import Runtime
 
+ALL_MODELS = MODELS | {
+    "windows": {"arch": "gemma3", "n_layer": 6},
+    "sinks": {"arch": "gpt-oss"},
+    "hybrid": {"arch": "lfm2"},
+}
 UPSTREAM_PYTHON = os.environ.get("EDGE_CSP_UPSTREAM_PYTHON")
 NAMES = [
     f"{model}-{cache}-{flash}-{n_ubatch}"
-    for model in MODELS
+    for model in ALL_MODELS
     for cache, flash in dump_logits.SETTINGS
     for n_ubatch in dump_logits.UBATCHES
 ]
@@ -44,7 +49,7 @@ def dumps(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     if not UPSTREAM_PYTHON:
         pytest.skip("EDGE_CSP_UPSTREAM_PYTHON is not set")
     folder = tmp_path_factory.mktemp("identity")
-    models = [make_model(folder / f"{name}.gguf", **settings) for name, settings in MODELS.items()]
+    models = [make_model(folder / f"{name}.gguf", **settings) for name, settings in ALL_MODELS.items()]
     dump(UPSTREAM_PYTHON, folder / "upstream", models, None)
     dump(sys.executable, folder / "ours", models, os.environ.get("PYTHONPATH"))
     return folder / "upstream", folder / "ours"

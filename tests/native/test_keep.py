@@ -19,9 +19,9 @@ N_PAST = 60
 TOLERANCE = {"f32": 5e-5, "f16": 2e-3}
 
 
-def random_cells(csp: Csp, n_keep: int, seed: int) -> npt.NDArray[np.int32]:
+def random_cells(csp: Csp, n_keep: int, seed: int, seq_id: int = 0) -> npt.NDArray[np.int32]:
     """Another set of cells in every layer and head; the last cell is in all of them."""
-    info = csp.info()
+    info = csp.info(seq_id=seq_id)
     generator = np.random.default_rng(seed)
     past = np.argsort(generator.random((info.n_layer, info.n_head_kv, info.n_cell - 1)), axis=-1)[..., : n_keep - 1]
     last = np.full((*past.shape[:2], 1), info.n_cell - 1)

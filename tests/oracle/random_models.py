@@ -5,6 +5,7 @@ Attention is far from uniform: the logits of q.k have a standard deviation of ab
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def make_model(
 ) -> Path:
     """Write a model without a tokenizer and return its path.
 
-    arch:  llama, qwen2, qwen2vl (M-RoPE), gemma3 (sliding window 16, every sixth layer full), mamba (recurrent) or
+    arch:  llama, qwen2, qwen2vl (M-RoPE), gemma3 (sliding window 16, every sixth layer full), gpt-oss (the same, every
+           second layer full, attention sinks), lfm2 (hybrid: convolution and attention in turns), mamba (recurrent) or
            deepseek2 (MLA)
     dtype: of the matrices, f32 or f16
     tied:  the output matrix is the token embedding
@@ -49,14 +51,14 @@ def make_model(
     writer.add_vocab_size(n_vocab)
     writer.add_tokenizer_model("none")
     tensors = {"token_embd.weight": builder.normal(n_vocab, builder.n_embd)}
-    tensors["output_norm.weight"] = builder.norm()
+    tensors["token_embd_norm.weight" if arch == "lfm2" else "output_norm.weight"] = builder.norm()
     if not tied:
         tensors["output.weight"] = builder.matrix(n_vocab, builder.n_embd, gain=3)
     layer = _ARCHITECTURES[arch](builder, writer)
     for il in range(n_layer):
         tensors |= {f"blk.{il}.{name}": tensor for name, tensor in layer().items()}
     for name, tensor in tensors.items():
-        is_matrix = tensor.ndim > 1 and ".ssm_" not in name
+        is_matrix = tensor.ndim > 1 and not name.endswith(".bias") and ".ssm_" not in name and ".conv." not in name
         writer.add_tensor(name, tensor.astype(np.float16) if is_matrix and dtype == "f16" else tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -109,10 +111,10 @@ class _Builder:
 LayerMaker = Callable[[], Tensors]
 
 
-def _write_attention(builder: _Builder, writer: gguf.GGUFWriter) -> None:
+def _write_attention(builder: _Builder, writer: gguf.GGUFWriter, n_head_kv: list[int] | None = None) -> None:
     writer.add_feed_forward_length(builder.n_ff)
     writer.add_head_count(builder.n_head)
-    writer.add_head_count_kv(builder.n_head_kv)
+    writer.add_head_count_kv(n_head_kv or builder.n_head_kv)
     writer.add_rope_dimension_count(builder.head_dim)
     writer.add_rope_freq_base(ROPE_BASE)
 
@@ -148,6 +150,59 @@ def _gemma3(builder: _Builder, writer: gguf.GGUFWriter) -> LayerMaker:
             "post_ffw_norm.weight": builder.norm(),
         }
     )
+
+
+def _gpt_oss(builder: _Builder, writer: gguf.GGUFWriter) -> LayerMaker:
+    n_embd, n_ff, n_expert = builder.n_embd, builder.n_ff, 4
+    _write_attention(builder, writer)
+    writer.add_key_length(builder.head_dim)
+    writer.add_value_length(builder.head_dim)
+    writer.add_sliding_window(16)
+    writer.add_expert_count(n_expert)
+    writer.add_expert_used_count(2)
+    writer.add_expert_feed_forward_length(n_ff)
+
+    def experts(n_out: int, n_in: int) -> npt.NDArray[np.float32]:
+        return builder.normal(n_expert, n_out, n_in, std=1 / np.sqrt(n_in))
+
+    return lambda: (
+        builder.attention(bias=True)
+        | {
+            "attn_output.bias": builder.normal(n_embd, std=0.1),
+            "attn_sinks.weight": builder.normal(builder.n_head, std=2),
+            "post_attention_norm.weight": builder.norm(),
+            "ffn_gate_inp.weight": builder.matrix(n_expert, n_embd),
+            "ffn_gate_inp.bias": builder.normal(n_expert, std=0.1),
+            "ffn_gate_exps.weight": experts(n_ff, n_embd),
+            "ffn_gate_exps.bias": builder.normal(n_expert, n_ff, std=0.1),
+            "ffn_up_exps.weight": experts(n_ff, n_embd),
+            "ffn_up_exps.bias": builder.normal(n_expert, n_ff, std=0.1),
+            "ffn_down_exps.weight": experts(n_embd, n_ff),
+            "ffn_down_exps.bias": builder.normal(n_expert, n_embd, std=0.1),
+        }
+    )
+
+
+def _lfm2(builder: _Builder, writer: gguf.GGUFWriter) -> LayerMaker:
+    """Attention in the layers 1, 3, 5 …"""
+    n_embd, n_conv, is_attention = builder.n_embd, 3, itertools.cycle([False, True])
+    _write_attention(builder, writer, n_head_kv=[builder.n_head_kv * (il % 2) for il in range(builder.n_layer)])
+    writer.add_shortconv_l_cache(n_conv)
+
+    def layer() -> Tensors:
+        if next(is_attention):
+            tensors = builder.attention(bias=False)
+            tensors |= {f"attn_{name}_norm.weight": builder.norm(builder.head_dim) for name in "qk"}
+        else:
+            tensors = {
+                "attn_norm.weight": builder.norm(),
+                "shortconv.conv.weight": builder.normal(n_embd, n_conv, std=0.5),
+                "shortconv.in_proj.weight": builder.matrix(3 * n_embd, n_embd),
+                "shortconv.out_proj.weight": builder.matrix(n_embd, n_embd),
+            }
+        return tensors | builder.feed_forward()
+
+    return layer
 
 
 def _mamba(builder: _Builder, writer: gguf.GGUFWriter) -> LayerMaker:
@@ -209,6 +264,8 @@ _ARCHITECTURES: dict[str, Callable[[_Builder, gguf.GGUFWriter], LayerMaker]] = {
     "qwen2": _qwen2,
     "qwen2vl": _qwen2vl,
     "gemma3": _gemma3,
+    "gpt-oss": _gpt_oss,
+    "lfm2": _lfm2,
     "mamba": _mamba,
     "deepseek2": _deepseek2,
 }
