@@ -27,6 +27,7 @@ from edge_csp.native import IMAGE, MODALITY_AUTO, TEXT, Csp
 from edge_csp.policy import CspPolicy, Observation
 from tests.native.cache import Bytes, restore_sequence, sequence_state
 from tests.native.test_keep import random_cells
+from tests.native.test_sequences import decode as decode_several
 from tests.native.test_state import with_int
 from tests.oracle.numpy_cache import NumpyCache
 from tests.oracle.numpy_llama import NumpyLlama
@@ -156,6 +157,19 @@ class Sequences(RuleBasedStateMachine):
     def other_sequence(self) -> None:
         self.seq_id = (self.seq_id + 1) % len(self.caches)
 
+    @precondition(lambda self: len(self.caches) > 1)
+    @rule(counts=st.lists(st.integers(1, 30), min_size=2, max_size=2), seed=SEEDS, tag=TAGS)
+    def all_sequences_in_one_batch(self, counts: list[int], seed: int, tag: int) -> None:
+        draw, tokens = np.random.default_rng(seed), {}
+        for (seq_id, cache), n in zip(self.caches.items(), counts, strict=True):
+            self.csp.set_modality(tag, seq_id=seq_id)
+            tokens[seq_id] = draw.integers(0, self.runtime.n_vocab, min(n, N_CELL_MAX - cache.n_cell))
+        begin = {seq_id: cache.n_past for seq_id, cache in self.caches.items()}
+        tokens = {seq_id: part for seq_id, part in tokens.items() if len(part)}
+        if tokens:
+            for seq_id, logits in decode_several(self.runtime, tokens, begin).items():
+                self.compare_tokens(seq_id, logits, tokens[seq_id], tag)
+
     # --- evaluate ---
 
     def evaluate(self, n: int, seed: int, tag: int) -> None:
@@ -166,15 +180,20 @@ class Sequences(RuleBasedStateMachine):
         self.runtime.n_past = self.cache.n_past
         self.csp.set_modality(tag, seq_id=self.seq_id)
         logits = self.runtime.decode(tokens, seq_id=self.seq_id)
-        positions = np.arange(self.cache.n_past, self.cache.n_past + n)
-        self.compare(logits, self.bench.oracle.embed(tokens), positions, TEXT if tag == MODALITY_AUTO else tag)
+        self.compare_tokens(self.seq_id, logits, tokens, tag)
 
-    def compare(self, logits: npt.NDArray[np.float32], embd: Any, positions: Any, tag: int) -> None:
-        self.cache, expected = self.cache.evaluate(
+    def compare(self, seq_id: int, logits: npt.NDArray[np.float32], embd: Any, positions: Any, tag: int) -> None:
+        """One batch of a sequence: what it is in numpy, with the cells of now."""
+        cache = self.caches[seq_id]
+        self.caches[seq_id], expected = cache.evaluate(
             self.bench.oracle, embd, positions, tag, N_WINDOW, self.bench.case.cache
         )
         self.check_close(logits, expected, self.bench.case.tolerance)
-        self.done["evaluate after evict" if self.cache.n_kept else "evaluate"] += 1
+        self.done["evaluate after evict" if cache.n_kept else "evaluate"] += 1
+
+    def compare_tokens(self, seq_id: int, logits: npt.NDArray[np.float32], tokens: Any, tag: int) -> None:
+        positions = self.caches[seq_id].n_past + np.arange(len(tokens))
+        self.compare(seq_id, logits, self.bench.oracle.embed(tokens), positions, TEXT if tag == MODALITY_AUTO else tag)
 
     def check_close(self, actual: npt.NDArray[np.float32], expected: npt.NDArray[np.float32], tolerance: float) -> None:
         error = relative_error(actual, expected)
@@ -212,7 +231,7 @@ class Sequences(RuleBasedStateMachine):
         for part in (slice(0, cut), slice(cut, n)):
             if len(embd[part]):
                 logits = self.runtime.decode(embd=embd[part], positions=positions[..., part], seq_id=self.seq_id)
-                self.compare(logits, embd[part], positions[..., part], IMAGE)
+                self.compare(self.seq_id, logits, embd[part], positions[..., part], IMAGE)
             if part.start == 0 and n_keep is not None and self.cache.n_cell:
                 self.evict(n_keep, seed)
 
@@ -426,8 +445,13 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield Bench(case, runtime, NumpyLlama(path))
 
 
+def n_examples() -> int:
+    """Of every case: 60, more in other profiles."""
+    return settings().max_examples * 6 // 10
+
+
 def test_sequences(bench: Bench, request: pytest.FixtureRequest) -> None:
-    profile = settings(stateful_step_count=20, suppress_health_check=list(HealthCheck))
+    profile = settings(max_examples=n_examples(), stateful_step_count=20, suppress_health_check=list(HealthCheck))
 
     def machine() -> Sequences:
         return Sequences(bench)
@@ -437,8 +461,8 @@ def test_sequences(bench: Bench, request: pytest.FixtureRequest) -> None:
     run_state_machine_as_test(machine, settings=profile)
     print(f"{request.node.name}: {dict(bench.done)}, largest error {bench.worst:.2f} of what is tolerated")
     assert bench.done["example"] >= profile.max_examples
-    assert all(bench.done[name] >= profile.max_examples / 10 for name in COMMON), bench.done
+    assert all(bench.done[name] >= profile.max_examples / 20 for name in COMMON), bench.done
 
 
 def test_enough_examples() -> None:
-    assert len(CASES) * settings().max_examples >= 500
+    assert len(CASES) * n_examples() >= 500
