@@ -57,9 +57,13 @@ def add_server(endpoint: str) -> int:
 @pytest.fixture(params=["cpu", "rpc"])
 def device(request: pytest.FixtureRequest) -> Open:
     """Opens a model on the device: `device(path, type_k="f16", …)`, see Runtime."""
-    if request.param == "cpu":
-        return Runtime
-    devices = (ctypes.c_void_p * 2)(request.getfixturevalue("rpc_device"), None)
+    return Runtime if request.param == "cpu" else request.getfixturevalue("on_server")
+
+
+@pytest.fixture(scope="session")
+def on_server(rpc_device: int) -> Open:
+    """Opens a model on the RPC server."""
+    devices = (ctypes.c_void_p * 2)(rpc_device, None)
     pointer = ctypes.cast(devices, ctypes.c_void_p)
 
     def open_on_server(path: Path, **settings: Any) -> Runtime:

@@ -19,12 +19,12 @@ BoolArray = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Forward:
-    """What one pass computed; n_key is n_token, the whole sequence is one pass."""
+    """What one pass computed; n_key counts the cells of the past and the tokens of the pass."""
 
     logits: Array  # [n_token, n_vocab]
-    q: Array  # [n_layer, n_head, n_token, head_dim], after RoPE, before scaling
-    k: Array  # [n_layer, n_head_kv, n_token, head_dim], after RoPE, as the cache holds it
-    v: Array  # [n_layer, n_head_kv, n_token, head_dim], as the cache holds it
+    q: Array  # [n_layer, n_head, n_token, head_dim], after RoPE, before scaling and rounding
+    k: Array  # [n_layer, n_head_kv, n_key, head_dim], after RoPE, as the cache holds it
+    v: Array  # [n_layer, n_head_kv, n_key, head_dim], as the cache holds it
     attention: Array  # [n_layer, n_head, n_token, n_key], rows of the softmax
 
 
@@ -62,18 +62,23 @@ class NumpyLlama:
         mask: BoolArray | None = None,
         softmax_n: npt.ArrayLike = 0.0,
         f16_cache: bool = False,
+        q8_cache: bool = False,
+        past: tuple[Array, Array] | None = None,
     ) -> Forward:
-        """One pass over a whole sequence, given as tokens [n_token] or as embeddings [n_token, n_embd].
+        """One pass over tokens [n_token] or embeddings [n_token, n_embd], a whole sequence or what follows `past`.
 
         positions: [n_token], or [4, n_token] for M-RoPE (time, y, x, unused); default 0, 1, 2 …
         mask:      bool [n_layer, n_head_kv, n_token, n_key], what a query may see beside the causal mask
         softmax_n: scalar or [n_layer, n_head]
         f16_cache: round K and V, and what is multiplied with them, to f16
+        q8_cache:  round K and V, and the queries, to q8_0
+        past:      K and V [n_layer, n_head_kv, n_cell, head_dim] of cells that all tokens see
         """
         x = self.embed(tokens) if embd is None else np.asarray(embd, np.float32)
         n_token = len(x)
         position = np.asarray(np.arange(n_token) if positions is None else positions)
-        causal = causal_mask(position)
+        n_past = 0 if past is None else past[0].shape[2]
+        causal = np.pad(causal_mask(position), [(0, 0), (n_past, 0)], constant_values=True)
         sink = np.broadcast_to(np.asarray(softmax_n, np.float32), (self.n_layer, self.n_head))
         angle = self._angles(position)
         layers: list[tuple[Array, Array, Array, Array]] = []
@@ -84,8 +89,12 @@ class NumpyLlama:
             k = self._rope(self._heads(h, f"blk.{il}.attn_k"), angle)
             v = self._heads(h, f"blk.{il}.attn_v")
             if f16_cache:
-                k, v = _round(k), _round(v)
-            out, rows = attend(q, k, v, seen, sink[il], f16_cache)
+                k, v = round_f16(k), round_f16(v)
+            if q8_cache:
+                k, v = round_q8_0(k), round_q8_0(v)
+            if past is not None:
+                k, v = np.concatenate([past[0][il], k], axis=1), np.concatenate([past[1][il], v], axis=1)
+            out, rows = attend(round_q8_0(q) if q8_cache else q, k, v, seen, sink[il], f16_cache)
             layers.append((q, k, v, rows))
             x = x + self._linear(out.transpose(1, 0, 2).reshape(n_token, -1), f"blk.{il}.attn_output")
             h = self._norm(x, f"blk.{il}.ffn_norm")
@@ -103,7 +112,7 @@ class NumpyLlama:
 
     def _linear(self, x: Array, name: str) -> Array:
         # llama.cpp multiplies f16 matrices with rounded activations
-        y = (_round(x) if f"{name}.weight" in self.half_precision else x) @ self.weights[f"{name}.weight"].T
+        y = (round_f16(x) if f"{name}.weight" in self.half_precision else x) @ self.weights[f"{name}.weight"].T
         return y + self.weights[f"{name}.bias"] if f"{name}.bias" in self.weights else y
 
     def _heads(self, x: Array, name: str) -> Array:
@@ -155,9 +164,9 @@ def attend(
     """
     group = len(q) // len(k)
     k, v = np.repeat(k, group, axis=0), np.repeat(v, group, axis=0)
-    x = (_round(q) if f16_cache else q) @ k.transpose(0, 2, 1) / np.float32(np.sqrt(q.shape[-1]))
+    x = (round_f16(q) if f16_cache else q) @ k.transpose(0, 2, 1) / np.float32(np.sqrt(q.shape[-1]))
     rows = softmax(x, seen, softmax_n[:, None, None])
-    return (_round(rows) if f16_cache else rows) @ v, rows
+    return (round_f16(rows) if f16_cache else rows) @ v, rows
 
 
 def softmax(x: Array, seen: BoolArray, n: npt.ArrayLike) -> Array:
@@ -206,5 +215,11 @@ def window_scores(
     return scores
 
 
-def _round(x: Array) -> Array:
+def round_f16(x: Array) -> Array:
     return x.astype(np.float16).astype(np.float32)
+
+
+def round_q8_0(x: Array) -> Array:
+    kind = gguf.GGMLQuantizationType.Q8_0
+    rounded: Array = gguf.quants.dequantize(gguf.quants.quantize(np.ascontiguousarray(x), kind), kind)
+    return rounded

@@ -80,6 +80,7 @@ class Runtime:
         *,
         embd: npt.NDArray[np.float32] | None = None,
         positions: npt.ArrayLike | None = None,
+        seq_id: int = 0,
     ) -> npt.NDArray[np.float32]:
         """Evaluate tokens [n] or embeddings [n, n_embd] and return the logits of all of them [n, n_vocab].
 
@@ -93,7 +94,7 @@ class Runtime:
             data = np.ascontiguousarray(embd, np.float32)
             n = len(data)
         pos = np.ascontiguousarray(np.arange(n) + self.n_past if positions is None else positions, np.int32)
-        seq_id = (ctypes.c_int32 * 1)(0)
+        owner = (ctypes.c_int32 * 1)(seq_id)
         batch = llama_cpp.llama_batch()
         batch.n_tokens = n
         if embd is None:
@@ -102,7 +103,7 @@ class Runtime:
             batch.embd = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         batch.pos = pos.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
         batch.n_seq_id = (ctypes.c_int32 * n)(*[1] * n)
-        batch.seq_id = (ctypes.POINTER(ctypes.c_int32) * n)(*[seq_id] * n)
+        batch.seq_id = (ctypes.POINTER(ctypes.c_int32) * n)(*[owner] * n)
         batch.logits = (ctypes.c_int8 * n)(*[1] * n)
         status = llama_cpp.llama_decode(self.ctx, batch)
         if status != 0:
