@@ -1,28 +1,29 @@
 """Models and devices of the native tests. Every test that takes `device` also runs with all layers on an RPC server,
-whose cache is not in host memory: the stand-in for a GPU.
+whose cache is not in host memory: the stand-in for a GPU. EDGE_CSP_TEST_DEVICE adds a device by its name, as CUDA0.
 """
 
 from __future__ import annotations
 
 import ctypes
-import socket
-import subprocess
-import sys
-import time
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from edge_csp.native import find_device
 from tests.oracle.random_models import make_model
 from tests.oracle.runtime import Runtime
+from tests.rpc_server import rpc_server
 
 MODELS: dict[str, dict[str, Any]] = {
     "mha": {"arch": "llama", "n_head_kv": 4},
     "gqa": {"arch": "llama"},
     "mrope": {"arch": "qwen2vl"},
 }
+
+DEVICES = ["cpu", "rpc", *filter(None, [os.environ.get("EDGE_CSP_TEST_DEVICE")])]
 
 Open = Callable[..., Runtime]
 
@@ -37,42 +38,11 @@ def gqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("models") / "gqa.gguf", **MODELS["gqa"])
 
 
-SERVER = """
-import ctypes, sys
-import llama_cpp._ggml
-ggml = llama_cpp._ggml.libggml
-ggml.ggml_backend_dev_by_type.restype = ctypes.c_void_p
-cpu = ctypes.c_void_p(ggml.ggml_backend_dev_by_type(0))
-ggml.ggml_backend_rpc_start_server.argtypes = [
-    ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)]
-ggml.ggml_backend_rpc_start_server(sys.argv[1].encode(), None, 1, 1, ctypes.byref(cpu))
-"""
-
-
 @pytest.fixture(scope="session")
 def rpc_device() -> Iterator[int]:
     """A ggml_backend_dev_t on a server on loopback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    endpoint = f"127.0.0.1:{port}"
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER, endpoint], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                if server.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError("the RPC server did not start") from None
-                time.sleep(0.05)
+    with rpc_server() as endpoint:
         yield add_server(endpoint)
-    finally:
-        server.kill()
-        server.wait()
 
 
 def add_server(endpoint: str) -> int:
@@ -88,17 +58,24 @@ def add_server(endpoint: str) -> int:
     return int(device)
 
 
-@pytest.fixture(params=["cpu", "rpc"])
-def device(request: pytest.FixtureRequest) -> Open:
-    """Opens a model on the device: `device(path, type_k="f16", …)`, see Runtime."""
-    if request.param == "cpu":
-        return Runtime
-    devices = (ctypes.c_void_p * 2)(request.getfixturevalue("rpc_device"), None)
+def open_on(device: int) -> Open:
+    """Opens models with all layers on a ggml_backend_dev_t."""
+    devices = (ctypes.c_void_p * 2)(device, None)
     pointer = ctypes.cast(devices, ctypes.c_void_p)
 
-    def open_on_server(path: Path, **settings: Any) -> Runtime:
+    def open_there(path: Path, **settings: Any) -> Runtime:
         runtime = Runtime(path, model_params={"devices": pointer, "n_gpu_layers": 99}, **settings)
         runtime.keepalive = devices  # type: ignore[attr-defined]
         return runtime
 
-    return open_on_server
+    return open_there
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Open:
+    """Opens a model on the device: `device(path, type_k="f16", …)`, see Runtime."""
+    if request.param == "cpu":
+        return Runtime
+    if request.param == "rpc":
+        return open_on(request.getfixturevalue("rpc_device"))
+    return open_on(find_device(request.param))
