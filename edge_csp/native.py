@@ -172,6 +172,22 @@ def has_gpu() -> bool:
     return any(find(kind) for kind in (1, 2))  # GGML_BACKEND_DEVICE_TYPE_GPU, _IGPU
 
 
+def find_device(name: str) -> int:
+    """The ggml_backend_dev_t of a name, as `CUDA0`, `Vulkan0`, `MTL0` or `CPU`; NativeError lists those there are."""
+    from llama_cpp import _ggml
+
+    ggml = _ggml.libggml
+    ggml.ggml_backend_dev_by_name.restype = ctypes.c_void_p
+    device: int | None = ggml.ggml_backend_dev_by_name(name.encode())
+    if device is None:
+        ggml.ggml_backend_dev_get.restype = ctypes.c_void_p
+        ggml.ggml_backend_dev_name.restype = ctypes.c_char_p
+        devices = (ctypes.c_void_p(ggml.ggml_backend_dev_get(i)) for i in range(ggml.ggml_backend_dev_count()))
+        names = ", ".join(ggml.ggml_backend_dev_name(device).decode() for device in devices)
+        raise NativeError(f"no device is called {name!r}: this llama.cpp sees {names}")
+    return device
+
+
 def _call(name: str, *args: Any) -> Any:
     """Call a function of the fork; the library is loaded at the first call."""
     if not _functions:

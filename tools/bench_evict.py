@@ -1,10 +1,11 @@
 """What eviction costs: scores, select and keep beside one decode step and a plain memcpy of the moved bytes.
 
-    python tools/bench_evict.py [--json]
+    python tools/bench_evict.py [--device CUDA0] [--json]
 
 The model has the attention of a 7B LLaMA, 32 layers x 32 KV heads x 128 with Q4_0 weights, next to no feed-forward, and
 4096 f16 cells. Its weights and the contents of the cache are random. --n-embd 256 leaves next to nothing of a decode
-step but the attention over the cells. Needs 8 GB of memory and 1.3 GB in the folder for temporary files.
+step but the attention over the cells. Needs 8 GB of memory and 1.3 GB in the folder for temporary files. With --device
+weights and cache lie on that ggml device; memcpy is the host's all the same.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from edge_csp.native import Csp
+from edge_csp.errors import NativeError
+from edge_csp.native import Csp, find_device
 
 N_LAYER, N_HEAD, HEAD_DIM = 32, 32, 128  # as many KV heads
 N_FF, N_VOCAB = 32, 64
@@ -194,6 +196,17 @@ def copy(source: Bytes, target: Bytes, n_thread: int) -> None:
         list(pool.map(lambda part: np.copyto(*part), parts))
 
 
+def load_model(path: Path, device: str | None) -> Any:
+    """On the CPU, or with all layers on the device."""
+    params = llama_cpp.llama_model_default_params()
+    params.n_gpu_layers = 0
+    if device is not None:
+        devices = (ctypes.c_void_p * 2)(find_device(device), None)
+        params.devices = ctypes.cast(devices, ctypes.c_void_p)
+        params.n_gpu_layers = N_LAYER + 1
+    return llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -202,6 +215,7 @@ def main() -> None:
         "--cells", type=int, default=4096, help="size of the cache, a multiple of 256 (default: %(default)s)"
     )
     parser.add_argument("--n-embd", type=int, default=4096, help="width of the model (default: %(default)s)")
+    parser.add_argument("--device", help="ggml device of weights and cache, as CUDA0 (default: the CPU)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads to measure")
     options = parser.parse_args()
 
@@ -209,12 +223,16 @@ def main() -> None:
     llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     reports = []
+    if not options.json:
+        shape = f"{N_LAYER} layers x {N_HEAD} heads x {HEAD_DIM}, {options.cells} cells"
+        print(f"{shape}, on {options.device or 'the CPU'}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         write_model(path, options.n_embd)
-        params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = 0
-        model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        try:
+            model = load_model(path, options.device)
+        except NativeError as error:
+            raise SystemExit(f"--device: {error}") from None
         for flash_attn in (False, True):
             for n_thread in options.threads:
                 bench = Bench(model, options.cells, n_thread, flash_attn)
@@ -225,9 +243,9 @@ def main() -> None:
                     print_report(reports[-1])
         llama_cpp.llama_model_free(model)
     if options.json:
-        shape = {"n_layer": N_LAYER, "n_head_kv": N_HEAD, "head_dim": HEAD_DIM, "n_embd": options.n_embd}
-        shape |= {"n_cell": options.cells, "n_window": N_WINDOW}
-        json.dump(shape | {"runs": reports}, sys.stdout, indent=1)
+        settings = {"n_layer": N_LAYER, "n_head_kv": N_HEAD, "head_dim": HEAD_DIM, "n_embd": options.n_embd}
+        settings |= {"n_cell": options.cells, "n_window": N_WINDOW, "device": options.device or "CPU"}
+        json.dump(settings | {"runs": reports}, sys.stdout, indent=1)
         print()
 
 
