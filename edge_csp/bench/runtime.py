@@ -1,0 +1,215 @@
+"""A llama_context to be measured: fill it, decode, evict. Runs with the unpatched library too, which cannot evict.
+
+Only llama_decode and llama_synchronize are timed, eviction by its steps. Times are in milliseconds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_csp import native
+from edge_csp.bench.fill import random_state
+from edge_csp.errors import BenchError, ContextError, ModelError
+
+N_WINDOW = 32
+N_UBATCH = 512
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a cache is kept and read: types of K and V, flash attention."""
+
+    type_k: str = "f16"
+    type_v: str = "f16"
+    flash_attn: bool = False
+
+    def __str__(self) -> str:
+        types = self.type_k if self.type_k == self.type_v else f"{self.type_k} K {self.type_v} V"
+        return f"{types}, FA {'on' if self.flash_attn else 'off'}"
+
+
+SETTINGS = (
+    Setting(),
+    Setting(flash_attn=True),
+    Setting("bf16", "bf16"),
+    Setting("q8_0", "f16"),
+    Setting("q8_0", "q8_0", flash_attn=True),
+    Setting("q4_0", "q4_0", flash_attn=True),
+)
+"""What llama.cpp offers without pruning; quantised V needs flash attention."""
+KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
+"""Cache types by their ggml number."""
+
+
+class Model:
+    """A loaded text model, without its encoder."""
+
+    def __init__(self, path: str | Path, *, n_thread: int = 1, use_mmap: bool = True) -> None:
+        import llama_cpp
+
+        native.silence_logs()
+        native.clear_log_errors()
+        llama_cpp.llama_backend_init()
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = 0
+        params.use_mmap = use_mmap
+        self.n_thread = n_thread
+        self.handle: Any = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+        if not self.handle:
+            raise ModelError(f"{path} cannot be loaded: {native.last_log_error()}")
+        self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.handle)))
+
+
+class Cache:
+    """A context with one sequence of random tokens."""
+
+    def __init__(self, model: Model, n_ctx: int, setting: Setting, *, n_window: int = 0, n_ubatch: int = N_UBATCH):
+        """n_window: queries that are recorded, 0 for a context as upstream makes it.
+
+        Raises ContextError if llama.cpp cannot make the context, NativeError if it cannot be pruned.
+        """
+        import llama_cpp
+
+        native.clear_log_errors()
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = n_ctx
+        params.n_batch = params.n_ubatch = min(n_ubatch, n_ctx)
+        params.n_seq_max = 1
+        params.n_threads = params.n_threads_batch = model.n_thread
+        params.flash_attn_type = int(setting.flash_attn)
+        params.type_k, params.type_v = KV_TYPES[setting.type_k], KV_TYPES[setting.type_v]
+        self.csp: native.Csp | None = None
+        self.ctx: Any = llama_cpp.llama_init_from_model(model.handle, params)
+        if not self.ctx:
+            raise ContextError(f"no context of {n_ctx} cells, {setting}: {native.last_log_error()}")
+        self.n_ctx = int(llama_cpp.llama_n_ctx(self.ctx))
+        self.n_batch = int(params.n_batch)
+        self.n_past = 0
+        self._generator = np.random.default_rng(3)
+        self._n_vocab = model.n_vocab
+        if n_window:
+            self.csp = native.Csp.attach(self.ctx, n_window=n_window)
+
+    @property
+    def _memory(self) -> Any:
+        import llama_cpp
+
+        return llama_cpp.llama_get_memory(self.ctx)
+
+    @property
+    def n_cell(self) -> int:
+        """Cells in use."""
+        return self.csp.info().n_cell if self.csp else self.n_past
+
+    def fill(self, n_cell: int) -> None:
+        """Fill n_cell cells; the last ones are decoded, so that a window is recorded. No others are evaluated.
+
+        Raises BenchError if the cache is not a plain one.
+        """
+        import llama_cpp
+
+        n_decode = min(N_WINDOW, n_cell)
+        self.clear()
+        if n_cell > n_decode:
+            self.decode(1)
+            size = llama_cpp.llama_state_seq_get_size(self.ctx, 0)
+            one_cell = np.empty(size, np.uint8)
+            llama_cpp.llama_state_seq_get_data(self.ctx, _u8_pointer(one_cell), size, 0)
+            self.clear()
+            try:
+                state = random_state(one_cell, n_cell - n_decode)
+            except ValueError as error:
+                raise BenchError(f"the cache cannot be filled: {error}") from error
+            if llama_cpp.llama_state_seq_set_data(self.ctx, _u8_pointer(state), state.size, 0) != state.size:
+                raise BenchError(f"{n_cell} cells cannot be filled: {native.last_log_error()}")
+            self.n_past = n_cell - n_decode
+        self.decode(n_decode)
+
+    def decode(self, n_token: int) -> float:
+        """Evaluate random tokens, with the logits of the last one; milliseconds.
+
+        Raises ContextError if no cells are free for them.
+        """
+        import llama_cpp
+
+        tokens = (ctypes.c_int32 * n_token)(*self._generator.integers(0, self._n_vocab, n_token).tolist())
+        batch = llama_cpp.llama_batch_get_one(tokens, n_token)
+        native.clear_log_errors()
+        begin = time.perf_counter()
+        status = llama_cpp.llama_decode(self.ctx, batch)
+        llama_cpp.llama_synchronize(self.ctx)
+        end = time.perf_counter()
+        if status == 1:
+            raise ContextError(f"the cache is full: {self.n_cell} of {self.n_ctx} cells are in use, {n_token} needed")
+        if status != 0:
+            raise BenchError(f"llama.cpp failed to evaluate: {native.last_log_error()}")
+        self.n_past += n_token
+        return 1000 * (end - begin)
+
+    def step(self) -> float:
+        """Evaluate one token and forget it again; milliseconds of the evaluation."""
+        import llama_cpp
+
+        ms = self.decode(1)
+        if not llama_cpp.llama_memory_seq_rm(self._memory, 0, self.n_past - 1, -1):
+            raise BenchError("the last cell cannot be removed")
+        self.n_past -= 1
+        return ms
+
+    def evict(self, n_keep: int) -> dict[str, float]:
+        """Keep n_keep cells, chosen by csp with its defaults; milliseconds of scores, select and keep."""
+        from edge_csp.budget import protected_cells
+        from edge_csp.policy import CspPolicy, Observation
+
+        if self.csp is None:
+            raise BenchError("a context without a window cannot evict")
+        csp, ms = self.csp, {}
+
+        def timed(name: str, function: Callable[[], Result]) -> Result:
+            begin = time.perf_counter()
+            result = function()
+            ms[name] = 1000 * (time.perf_counter() - begin)
+            return result
+
+        def select() -> NDArray[np.int32]:
+            pos, tag = csp.cells()
+            protected = np.zeros(pos.shape, np.bool_)
+            n_recent, n_sink = protected_cells(n_keep, n_recent=32, n_sink=4)
+            protected[..., :n_sink] = protected[..., -n_recent:] = True
+            return CspPolicy().select(Observation(scores, tag, pos), n_keep, protected)
+
+        scores = timed("scores", lambda: csp.scores(N_WINDOW))
+        cells = timed("select", select)
+        timed("keep", lambda: csp.keep(cells))
+        return ms
+
+    def clear(self) -> None:
+        """Forget everything."""
+        import llama_cpp
+
+        llama_cpp.llama_memory_clear(self._memory, False)
+        self.n_past = 0
+
+    def close(self) -> None:
+        """Free the context. A second call does nothing."""
+        import llama_cpp
+
+        if self.csp:
+            self.csp.close()
+        if self.ctx:
+            llama_cpp.llama_free(self.ctx)
+        self.csp = self.ctx = None
+
+
+def _u8_pointer(array: NDArray[np.uint8]) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
