@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 from edge_csp import native
 from edge_csp.budget import kv_bytes_per_cell
 from edge_csp.errors import ContextError, ModelError, NativeError
+from edge_csp.metadata import GgufInfo
 from edge_csp.model import PicturePart, VisionModel
 from edge_csp.policy import Observation
 
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
 """Cache types by their ggml number."""
 FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}
+CELL_PAD = 256
+"""llama.cpp rounds the size of a cache up to a multiple of this."""
 
 
 class Context:
@@ -56,10 +59,7 @@ class Context:
             if value not in known:
                 what = f"{name} cache type" if name else "flash attention"
                 raise ContextError(f"{what} {value!r} is unknown: use {', '.join(known)}")
-        info = model.info
-        self.bytes_per_cell = kv_bytes_per_cell(
-            info.n_layer, info.n_head_kv, info.head_dim_k, info.head_dim_v, type_k, type_v
-        )
+        self.bytes_per_cell = bytes_per_cell(model.info, type_k, type_v)
         """Bytes of K and V that one cell takes."""
         _check_memory(n_ctx, self.bytes_per_cell)
         self.model = model
@@ -126,26 +126,52 @@ class Context:
         self._check(llama_cpp.llama_decode(self._llama, batch))
         self.n_past += n
 
-    def decode_picture(self, part: PicturePart, embeddings: NDArray[np.float32]) -> None:
+    def decode_picture(
+        self,
+        part: PicturePart,
+        embeddings: NDArray[np.float32],
+        *,
+        n_batch: int | None = None,
+        before_batch: Callable[[int], None] | None = None,
+    ) -> None:
         """Evaluate the embeddings of a picture, f32 [n_cell, n_embd_inp], as VisionModel.encode() makes them.
 
-        Raises ContextError if no cells are free; nothing has been evaluated then.
+        n_batch: cells evaluated at once; default that of the context, also for pictures that are read in both
+        directions. before_batch: called with the number of cells that are about to be filled.
+
+        Raises ContextError if no cells are free, and what before_batch raises. Nothing has been evaluated then; where
+        before_batch has evicted cells in the midst of the picture, the context is empty.
         """
         from llama_cpp import mtmd_cpp
 
         data = embeddings.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         n_past = ctypes.c_int32()
+        if n_batch is None or mtmd_cpp.mtmd_decode_use_non_causal(self.model.mtmd_handle, part.chunk):
+            n_batch = self.n_batch
+        batches = iter([min(n_batch, part.n_cell - done) for done in range(0, part.n_cell, n_batch)])
+        failed: list[BaseException] = []  # exceptions cannot pass through C
+
+        def prepare_batch(*_: Any) -> int:
+            try:
+                if before_batch and (n := next(batches, 0)):
+                    before_batch(n)
+            except BaseException as error:
+                failed.append(error)
+            return len(failed)
+
+        after_batch = mtmd_cpp.mtmd_helper_post_decode_callback(prepare_batch)
         native.clear_log_errors()
-        no_callback = mtmd_cpp.mtmd_helper_post_decode_callback()
         try:
-            self._check(
-                mtmd_cpp.mtmd_helper_decode_image_chunk(
-                    self.model.mtmd_handle, self._llama, part.chunk, data, self.n_past, 0, self.n_batch,
-                    ctypes.byref(n_past), no_callback, None,
-                )
+            status = prepare_batch() or mtmd_cpp.mtmd_helper_decode_image_chunk(
+                self.model.mtmd_handle, self._llama, part.chunk, data, self.n_past, 0, n_batch,
+                ctypes.byref(n_past), after_batch, None,
             )  # fmt: skip
-        except (ContextError, NativeError):
-            self.truncate(self.n_past)
+            if failed:
+                raise failed[0]
+            self._check(status)
+        except BaseException:
+            if not self.truncate(self.n_past):
+                self.clear()
             raise
         self.n_past += part.n_pos
 
@@ -218,6 +244,14 @@ class Context:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def bytes_per_cell(info: GgufInfo, type_k: str = "f16", type_v: str = "f16") -> int:
+    """Bytes of K and V that one cell of a text model takes.
+
+    Raises BudgetError for cache types that are unknown or do not fit the heads.
+    """
+    return kv_bytes_per_cell(info.n_layer, info.n_head_kv, info.head_dim_k, info.head_dim_v, type_k, type_v)
 
 
 def _check_memory(n_ctx: int, bytes_per_cell: int) -> None:

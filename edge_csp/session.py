@@ -1,48 +1,39 @@
-"""One conversation: prefill what is new, observe, select, keep, decode.
+"""One conversation: prefill what is new, evict, decode.
 
 The cache is never read back from text: a session remembers which tokens and pictures it has evaluated, and evaluates
 the rest of the next prompt. Where a prompt takes another turn (undo, templates that rewrite earlier turns), the longest
 common beginning stays if the cut lies behind the pruned cells; otherwise everything is evaluated again, from embeddings
 in memory.
+
+In a bounded cache (Pruning.cells) cells are evicted before every batch that would overflow it, of the prompt and of the
+answer: a conversation of any length goes on. Pinned messages and pictures stay.
 """
 
 from __future__ import annotations
 
 import codecs
+import functools
+import itertools
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from edge_csp.budget import Budget, parse_budget, protected_cells
+from edge_csp.budget import Budget, parse_budget
 from edge_csp.chat import ChatTemplate, Message
-from edge_csp.context import Context
+from edge_csp.context import CELL_PAD, Context, bytes_per_cell
 from edge_csp.errors import ContextError, NativeError, TemplateError
 from edge_csp.images import Picture
 from edge_csp.model import Part, PicturePart, Progress, TokenPart, VisionModel
-from edge_csp.policy import CspPolicy, Policy, make_policy
+from edge_csp.policy import Policy, make_policy
+from edge_csp.pruning import Pruner, Pruning, Span
 from edge_csp.sampling import Sampler, Sampling
 
-
-@dataclass(frozen=True)
-class Pruning:
-    """When and what to evict: after every prompt, down to the budget.
-
-    budget: a share counts all tokens of the conversation, not those that are left. None keeps everything.
-    n_obs: queries that vote. n_recent, n_sink: last and first cells that stay in any case; limited by the budget, see
-    budget.protected_cells(). softmax_n: n of the scoring softmax.
-    """
-
-    budget: Budget | None = None
-    policy: Policy = field(default_factory=CspPolicy)
-    n_obs: int = 32
-    n_recent: int = 32
-    n_sink: int = 4
-    softmax_n: float = 1.0
+PAST_TRAINED = ("continue", "stop")
+MIN_CELLS = 16
+"""Cells of the smallest bounded cache."""
 
 
 @dataclass
@@ -58,6 +49,7 @@ class Counters:
     n_encoded: int = 0
     """Picture parts that went through the encoder; the others came from memory."""
     n_generated: int = 0
+    n_eviction: int = 0
     n_evicted: int = 0
     """Cells evicted per layer and KV head."""
     n_restart: int = 0
@@ -75,6 +67,7 @@ class PictureUse:
     name: str
     n_cell: int
     kept: float
+    pinned: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +96,19 @@ class _Item:
     part: PicturePart | None = field(default=None, compare=False)
 
 
+@functools.cache  # long conversations are lists of few different tokens
+def _token_item(token: int) -> _Item:
+    return _Item(token)
+
+
+@dataclass(frozen=True)
+class _Pins:
+    """What stays in the cache. pictures: their numbers, from 1. spans: positions."""
+
+    pictures: frozenset[int] = frozenset()
+    spans: tuple[Span, ...] = ()
+
+
 class Session:
     """A conversation with a model. Not thread-safe."""
 
@@ -113,23 +119,47 @@ class Session:
         pruning: Pruning | None = None,
         sampling: Sampling | None = None,
         system: str | None = None,
+        past_trained: str = "continue",
         on_progress: Progress | None = None,
+        on_notice: Callable[[str], None] | None = None,
     ) -> None:
-        """system: text of a system message. on_progress: told of "encode" and "prefill"."""
+        """system: text of a system message. past_trained: what happens where the conversation is longer than the
+        context that the model was trained on, "continue" (with a notice) or "stop". on_progress: told of "encode" and
+        "prefill". on_notice: told in words what was evicted because the cache was full, and of the trained context.
+
+        Raises PolicyError if the cache is bounded and the policy evicts nothing.
+        """
+        if past_trained not in PAST_TRAINED:
+            raise ContextError(f"past_trained is {past_trained!r}: use {' or '.join(PAST_TRAINED)}")
         info = context.model.info
         self.context = context
         self.model = context.model
-        self.pruning = pruning or Pruning()
+        self._pruner = Pruner(context, pruning or Pruning())
         self.sampling = sampling or Sampling()
         self.template = ChatTemplate(info.chat_template, info.bos_token, info.eos_token)
         self.counters = Counters()
         self.finish_reason = ""
-        """Why the last answer ended: "stop", "length" (n_predict), "full" (no free cells) or "interrupt"."""
+        """Why the last answer ended: "stop", "length" (n_predict), "full" (no free cells), "trained" (past the trained
+        context) or "interrupt"."""
+        self.past_trained = past_trained
         self._system: list[Message] = [{"role": "system", "content": system}] if system else []
         self.messages: list[Message] = list(self._system)
         self._on_progress = on_progress
+        self._on_notice = on_notice
+        self._told_trained = False
         self._items: list[_Item] = []  # what the cache holds, pruned or not
         self._text = ""  # the prompt text that became _items
+        self._ends: dict[int, int] = {}  # number of messages -> items that they take
+        self._pins = _Pins()
+
+    @property
+    def pruning(self) -> Pruning:
+        """What is evicted and when; a new one counts from the next prompt on."""
+        return self._pruner.pruning
+
+    @pruning.setter
+    def pruning(self, pruning: Pruning) -> None:
+        self._pruner = Pruner(self.context, pruning)
 
     def ask(self, text: str, pictures: Sequence[Picture] = (), *, n_predict: int = -1) -> Generator[str, None, None]:
         """Ask, and stream the answer. Pictures come before the text.
@@ -137,7 +167,8 @@ class Session:
         n_predict: most tokens of the answer, -1 until it ends. Closing the iterator ends the answer; what has been
         streamed stays in the conversation.
 
-        Raises ContextError if the prompt does not fit; the conversation is then as it was before.
+        Raises ContextError if the prompt does not fit, BudgetError if pinned cells exceed the budget or leave no room;
+        the conversation is then as it was before.
         """
         parts: list[dict[str, Any]] = [{"type": "image", "picture": picture} for picture in pictures]
         return self.ask_parts([*parts, {"type": "text", "text": text}], n_predict=n_predict)
@@ -158,14 +189,17 @@ class Session:
                 yield piece
         finally:
             self.messages.append({"role": "assistant", "content": answer})
+            self._ends[len(self.messages)] = len(self._items)
 
     def prefill(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> None:
-        """Evaluate the prompt of `messages`, as far as it is new.
+        """Evaluate the prompt of `messages`, as far as it is new. Messages and picture parts with a true "pinned" stay
+        in the cache.
 
         Raises ContextError if it does not fit, before anything has changed.
         """
         text = self.template.render(messages, add_generation_prompt)
         items = self._plan(text, messages)
+        self._check_trained(sum(item.n_pos for item in items))
         n_same = _common_length(self._items, items)
         if n_same == len(items):
             n_same -= 1  # the logits of the last token are needed
@@ -175,30 +209,117 @@ class Session:
         self._check_fit(self.context.n_cell - n_cut + n_new, n_new)
         if n_same < len(self._items) and not self.context.truncate(n_past):
             self._check_fit(sum(item.n_cell for item in items), n_new)
-            self.context.clear()
+            self._forget_cells()
             self.counters.n_restart += 1
             n_same = 0
         del self._items[n_same:]
         self._text = ""  # until everything is evaluated
+        self._ends = {n: end for n, end in self._ends.items() if end <= n_same} | {len(messages): len(items)}
+        self._pins = self._find_pins(messages, items)
+        n_eviction, n_evicted = self.counters.n_eviction, self.counters.n_evicted
         self._evaluate(items[n_same:])
+        self._tell_evictions("reading", n_eviction, n_evicted)
         self._text = text
 
     def _check_fit(self, n_cell: int, n_new: int) -> None:
-        if n_cell >= self.context.n_ctx:  # one cell stays free for the answer
+        if not self._pruner.is_bounded and n_cell >= self.context.n_ctx:  # one cell stays free for the answer
             raise ContextError(
                 f"the prompt needs {n_cell} cells ({n_new} of them new), but the context has {self.context.n_ctx}: "
-                "raise the context size (-c), lower the budget, or use fewer pictures"
+                "raise the context size (-c), bound the cache (--cells), lower the budget, or use fewer pictures"
             )
+
+    def _check_trained(self, n_pos: int) -> None:
+        """Tell once that the conversation is longer than the trained context.
+
+        Raises ContextError if it has to stop there.
+        """
+        n_trained = self.model.info.n_ctx_train
+        if not 0 < n_trained < n_pos:
+            return
+        words = f"position {n_pos} lies beyond the trained context of {n_trained}"
+        if self.past_trained == "stop":
+            raise ContextError(f"{words}: start anew, or go on at your own risk (--past-trained continue)")
+        if not self._told_trained:
+            self._told_trained = True
+            self._tell(f"{words}: answers may get worse (--past-trained stop ends conversations there)")
+
+    def _tell(self, notice: str) -> None:
+        if self._on_notice:
+            self._on_notice(notice)
+
+    def _tell_evictions(self, what: str, n_eviction: int, n_evicted: int) -> None:
+        """Tell of the evictions since the counters were so."""
+        if self.counters.n_eviction > n_eviction:
+            self._tell(
+                f"the cache of {self._pruner.n_cell_max} cells was full while {what}: evicted "
+                f"{self.counters.n_evicted - n_evicted} cells per layer and KV head, {self.context.n_cell} are kept"
+            )
+
+    def pin_picture(self, number: int, *, pinned: bool = True) -> None:
+        """Let all cells of the picture that are left stay from now on (or no longer); pictures count from 1.
+
+        Raises ContextError if there is no such picture.
+        """
+        n = 0
+        for i, message in enumerate(self.messages):
+            for j, part in enumerate(_parts(message)):
+                n += part["type"] == "image"
+                if n == number and part["type"] == "image":
+                    content = list(message["content"])
+                    content[j] = {**part, "pinned": pinned}
+                    self.messages[i] = {**message, "content": content}
+                    return
+        raise ContextError(f"there is no picture {number}: the conversation has {n}")
+
+    def pin_turn(self, number: int, *, pinned: bool = True) -> None:
+        """Let all cells of a question, its pictures and its answer that are left stay from now on (or no longer);
+        turns count from 1, and 0 is the system message.
+
+        Raises ContextError if there is no such turn.
+        """
+        turn = 0
+        n_found = 0
+        for i, message in enumerate(self.messages):
+            turn += message["role"] == "user"
+            if turn == number:
+                self.messages[i] = {**message, "pinned": pinned}
+                n_found += 1
+        if not n_found:
+            raise ContextError(f"there is no turn {number}: the conversation has {turn}")
+
+    def _find_pins(self, messages: Sequence[Message], items: Sequence[_Item]) -> _Pins:
+        """Positions of what is pinned in the items of a prompt."""
+        pictures: set[int] = set()
+        n_picture = 0
+        for message in messages:
+            for part in _parts(message):
+                if part["type"] == "image":
+                    n_picture += 1
+                    if part.get("pinned"):
+                        pictures.add(n_picture)
+        turns = [i for i, message in enumerate(messages) if message.get("pinned")]
+        if not turns and not pictures:
+            return _Pins()
+        positions = [0, *itertools.accumulate(item.n_pos for item in items)]
+        spans = [(self._end_of(messages[:i], items), self._end_of(messages[: i + 1], items)) for i in turns]
+        n_picture = 0
+        for i, item in enumerate(items):
+            if item.part is not None:
+                n_picture += item.part.index == 0
+                if n_picture in pictures:
+                    spans.append((i, i + 1))
+        return _Pins(frozenset(pictures), tuple((positions[begin], positions[end]) for begin, end in spans))
+
+    def _end_of(self, messages: Sequence[Message], items: Sequence[_Item]) -> int:
+        """Items that the first messages take of the items of a longer prompt."""
+        if not messages or len(messages) in self._ends:
+            return self._ends.get(len(messages), 0)
+        first = self._plan(self.template.render(messages, False), messages)
+        return _common_length(first, items)
 
     def _plan(self, text: str, messages: Sequence[Message]) -> list[_Item]:
         """Items of the whole prompt; only what the cache does not hold is tokenised, if the text goes on from there."""
-        pictures = [
-            part["picture"]
-            for message in messages
-            if not isinstance(message["content"], str)
-            for part in message["content"]
-            if part["type"] == "image"
-        ]
+        pictures = [part["picture"] for message in messages for part in _parts(message) if part["type"] == "image"]
         if self._text and text.startswith(self._text):
             n_old = _n_pictures(self._items)
             return self._items + _items(self.model.tokenize(text[len(self._text) :], pictures[n_old:]))
@@ -216,9 +337,10 @@ class Session:
                 n_batch = 1
                 self._evaluate_picture(part)
             else:
-                n_batch = 0
-                while n_batch < self.context.n_batch and i + n_batch < len(items) and items[i + n_batch].part is None:
+                n_batch, most = 0, self._pruner.n_batch
+                while n_batch < most and i + n_batch < len(items) and items[i + n_batch].part is None:
                     n_batch += 1
+                self._make_room(n_batch)
                 started = time.perf_counter()
                 self.context.decode_tokens([item.key for item in items[i : i + n_batch] if isinstance(item.key, int)])
                 self.counters.prefill_s += time.perf_counter() - started
@@ -230,16 +352,25 @@ class Session:
 
     def _evaluate_picture(self, part: PicturePart) -> None:
         started = time.perf_counter()
-        n_encoded = self.model.n_encoded
+        n_encoded, evict_s = self.model.n_encoded, self.counters.evict_s
         self._report("encode", 0.0)
         embeddings = self.model.encode(part)
         encoded = time.perf_counter()
-        self.context.decode_picture(part, embeddings)
+        n_past = self.context.n_past
+        try:
+            self.context.decode_picture(part, embeddings, n_batch=self._pruner.n_batch, before_batch=self._make_room)
+        except BaseException:
+            if self.context.n_past != n_past:  # evicted in the midst of the picture: there is no way back
+                self._forget_cells()
+            raise
         self.counters.encode_s += encoded - started
-        self.counters.prefill_s += time.perf_counter() - encoded
+        self.counters.prefill_s += time.perf_counter() - encoded - (self.counters.evict_s - evict_s)
         self.counters.n_encoded += self.model.n_encoded - n_encoded
         self.counters.n_picture += 1
         self.counters.n_picture_cell += part.n_cell
+
+    def _make_room(self, n_new: int) -> None:
+        self._count_eviction(self._pruner.make_room, n_new, self._pins.spans)
 
     def _report(self, what: str, done: float) -> None:
         if self._on_progress:
@@ -248,32 +379,21 @@ class Session:
     def prune(self) -> int:
         """Evict down to the budget; returns the cells evicted per layer and KV head.
 
-        Raises BudgetError if the budget is smaller than one cell.
+        Raises BudgetError if the budget is smaller than one cell, or than the pinned cells.
         """
-        pruning = self.pruning
-        if pruning.budget is None or self.context.csp is None:
-            return 0
-        n_cell = self.context.n_cell
-        budget = pruning.budget.cells(self.n_token, self.context.bytes_per_cell)
-        if pruning.policy.n_keep(budget, n_cell) >= n_cell:
-            return 0
+        return self._count_eviction(self._pruner.prune, self.n_token, self._pins.spans)
+
+    def _count_eviction(self, evict: Callable[[int, Sequence[Span]], int], n: int, pinned: Sequence[Span]) -> int:
         started = time.perf_counter()
-        observation = self.context.observe(
-            n_obs=pruning.n_obs, softmax_n=pruning.softmax_n, with_scores=pruning.policy.needs_scores
-        )
-        n_recent, n_sink = protected_cells(budget, n_recent=pruning.n_recent, n_sink=pruning.n_sink)
-        protected = np.zeros(observation.shape, np.bool_)
-        protected[..., :n_sink] = True
-        protected[..., n_cell - n_recent :] = True
-        cells = pruning.policy.select(observation, budget, protected)
         try:
-            self.context.keep(cells)
+            n_evicted = evict(n, pinned)
         except NativeError:
             self._forget_cells()  # they may be half moved
             raise
-        n_evicted = n_cell - int(cells.shape[-1])
-        self.counters.evict_s += time.perf_counter() - started
-        self.counters.n_evicted += n_evicted
+        if n_evicted:
+            self.counters.evict_s += time.perf_counter() - started
+            self.counters.n_eviction += 1
+            self.counters.n_evicted += n_evicted
         return n_evicted
 
     def generate(self, *, n_predict: int = -1) -> Generator[str, None, None]:
@@ -287,6 +407,7 @@ class Session:
         sampler = Sampler(self.sampling, self.model, prompt_tokens)
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.finish_reason = "interrupt"
+        n_eviction, n_evicted = self.counters.n_eviction, self.counters.n_evicted
         try:
             n = 0
             while n != n_predict:
@@ -298,9 +419,13 @@ class Session:
                 piece = decoder.decode(self.model.token_bytes(token))
                 if piece:
                     yield piece
-                if self.context.n_cell >= self.context.n_ctx:
+                if not self._pruner.is_bounded and self.context.n_cell >= self.context.n_ctx:
                     self.finish_reason = "full"
                     break
+                if self._is_past_trained():
+                    self.finish_reason = "trained"
+                    break
+                self._make_room(1)
                 self._decode_answer(token, piece)
             else:
                 self.finish_reason = "length"
@@ -308,11 +433,20 @@ class Session:
                 yield rest
         finally:
             sampler.close()
+            self._tell_evictions("answering", n_eviction, n_evicted)
+
+    def _is_past_trained(self) -> bool:
+        """True where the answer has to stop; tells once where it goes on."""
+        try:
+            self._check_trained(self.context.n_past + 1)
+        except ContextError:
+            return True
+        return False
 
     def _decode_answer(self, token: int, piece: str) -> None:
         started = time.perf_counter()
         self.context.decode_tokens([token])
-        self._items.append(_Item(token))
+        self._items.append(_token_item(token))
         self._text += piece
         self.counters.decode_s += time.perf_counter() - started
         self.counters.n_generated += 1
@@ -335,7 +469,7 @@ class Session:
 
     def _forget_cells(self) -> None:
         self.context.clear()
-        self._items, self._text = [], ""
+        self._items, self._text, self._ends, self._pins = [], "", {}, _Pins()
 
     @property
     def n_token(self) -> int:
@@ -362,9 +496,10 @@ class Session:
         for (item, _), n_kept in zip(spans, kept, strict=True):
             if item.part is not None and item.part.index > 0:  # a tile of the picture before
                 whole = pictures.pop()
-                pictures.append(PictureUse(whole.name, whole.n_cell + item.n_cell, whole.kept + n_kept))
+                pictures.append(replace(whole, n_cell=whole.n_cell + item.n_cell, kept=whole.kept + n_kept))
             else:
-                pictures.append(PictureUse(item.name, item.n_cell, n_kept))
+                pinned = len(pictures) + 1 in self._pins.pictures
+                pictures.append(PictureUse(item.name, item.n_cell, n_kept, pinned))
         n_text = n_token - sum(picture.n_cell for picture in pictures)
         return CacheUse(n_token, n_cell, self.context.bytes_per_cell, n_text, n_cell - sum(kept), tuple(pictures))
 
@@ -376,20 +511,25 @@ def open_session(
     *,
     budget: str | Budget | None = None,
     policy: str | Policy = "csp",
+    cells: str | Budget | None = None,
+    cells_of: Sequence[Message] = (),
     pruning: Pruning | None = None,
     sampling: Sampling | None = None,
     system: str | None = None,
+    past_trained: str = "continue",
     n_gpu_layers: int = -1,
     n_threads: int | None = None,
     use_mmap: bool = True,
     on_progress: Progress | None = None,
+    on_notice: Callable[[str], None] | None = None,
     **context: Any,
 ) -> Iterator[Session]:
     """Open a model and a conversation with it; both are closed at the end of the `with` block.
 
     model, mmproj: GGUF files, see VisionModel. budget: "20%", 512 cells as "512", "64MiB", or None to keep everything.
-    policy: a name or a Policy. pruning: all pruning settings at once, instead of budget and policy. context: further
-    settings of Context (n_ctx, n_batch, type_k, type_v, flash_attn …).
+    policy: a name or a Policy. cells: the cache is bounded to so many cells or bytes, or to a share of the prompt
+    `cells_of`, and holds any conversation. pruning: all other pruning settings at once, instead of budget and policy.
+    context: further settings of Context (n_ctx, n_batch, type_k, type_v, flash_attn …).
 
     Raises EdgeCspError with one line that tells what is wrong with the files or the settings.
     """
@@ -398,23 +538,68 @@ def open_session(
             parse_budget(budget) if isinstance(budget, str) else budget,
             make_policy(policy) if isinstance(policy, str) else policy,
         )
-    with (
-        VisionModel(
-            model, mmproj, n_gpu_layers=n_gpu_layers, n_threads=n_threads, use_mmap=use_mmap, on_progress=on_progress
-        ) as opened,
-        Context(opened, n_window=pruning.n_obs, **context) as opened_context,
-    ):
-        yield Session(opened_context, pruning=pruning, sampling=sampling, system=system, on_progress=on_progress)
+    with ExitStack() as stack:
+        opened = stack.enter_context(
+            VisionModel(
+                model,
+                mmproj,
+                n_gpu_layers=n_gpu_layers,
+                n_threads=n_threads,
+                use_mmap=use_mmap,
+                on_progress=on_progress,
+            )
+        )
+        if cells is not None:
+            bound = parse_budget(cells) if isinstance(cells, str) else cells
+            n_cell = _bounded_cells(bound, opened, cells_of, **context)
+            pruning, context["n_ctx"] = replace(pruning, cells=n_cell), n_cell
+        session = Session(
+            stack.enter_context(Context(opened, n_window=pruning.n_obs, **context)),
+            pruning=pruning,
+            sampling=sampling,
+            system=system,
+            past_trained=past_trained,
+            on_progress=on_progress,
+            on_notice=on_notice,
+        )
+        yield session
+
+
+def _bounded_cells(bound: Budget, model: VisionModel, prompt: Sequence[Message], **context: Any) -> int:
+    """Cells of a bounded cache. Raises ContextError for a share of nothing, and below MIN_CELLS."""
+    n_prompt = 0
+    if bound.kind == "ratio":
+        if not prompt:
+            raise ContextError(
+                f"a cache of {bound} has no prompt yet to be a share of: give cells (512) or bytes (64MiB)"
+            )
+        info = model.info
+        text = ChatTemplate(info.chat_template, info.bos_token, info.eos_token).render(prompt)
+        pictures = [part["picture"] for message in prompt for part in _parts(message) if part["type"] == "image"]
+        n_prompt = sum(item.n_cell for item in _items(model.tokenize(text, pictures)))
+    types = {name: context[name] for name in ("type_k", "type_v") if name in context}
+    n_cell = bound.cells(n_prompt if bound.kind == "ratio" else 2**31 - 1, bytes_per_cell(model.info, **types))
+    if bound.kind == "bytes":
+        n_cell -= n_cell % CELL_PAD
+    if n_cell < MIN_CELLS:
+        raise ContextError(f"a cache of {bound} has {n_cell} cells: it takes at least {MIN_CELLS}")
+    return n_cell
 
 
 def _items(parts: Sequence[Part]) -> list[_Item]:
     items: list[_Item] = []
     for part in parts:
         if isinstance(part, TokenPart):
-            items.extend(_Item(token) for token in part.tokens)
+            items.extend(map(_token_item, part.tokens))
         else:
             items.append(_Item((part.sha256, part.index), part.n_cell, part.n_pos, part.name, part))
     return items
+
+
+def _parts(message: Message) -> Sequence[dict[str, Any]]:
+    """Parts of a message; none where its content is text."""
+    content: str | Sequence[dict[str, Any]] = message["content"]
+    return () if isinstance(content, str) else content
 
 
 def _n_pictures(items: Sequence[_Item]) -> int:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from edge_csp.chat import Message
     from edge_csp.context import Context
-    from edge_csp.session import CacheUse, Counters, Pruning
+    from edge_csp.pruning import Pruning
+    from edge_csp.session import CacheUse, Counters
 
 PRUNING = PruningOptions(budget="20%")
 N_PREDICT = 64

@@ -22,8 +22,9 @@ from edge_csp.errors import EdgeCspError, ModelError, NativeError, SamplingError
 
 if TYPE_CHECKING:
     from edge_csp.model import Progress
+    from edge_csp.pruning import Pruning
     from edge_csp.sampling import Sampling
-    from edge_csp.session import Pruning, Session
+    from edge_csp.session import Session
 
 DEFAULT_BUDGET = "50%"
 UNSUPPORTED = -2
@@ -156,7 +157,7 @@ class PruningOptions:
     def pruning(self) -> Pruning:
         from edge_csp.budget import parse_budget
         from edge_csp.policy import make_policy
-        from edge_csp.session import Pruning
+        from edge_csp.pruning import Pruning
 
         given = {name: getattr(self, name) for name in ("cross_ratio", "pool") if getattr(self, name) is not None}
         return Pruning(

@@ -13,8 +13,8 @@ import pytest
 from edge_csp.cli import main, options
 from edge_csp.context import Context
 from edge_csp.policy import POLICIES
+from edge_csp.pruning import Pruning
 from edge_csp.sampling import Sampling
-from edge_csp.session import Pruning
 from tests.cli.conftest import Cli
 from tools import write_cli_docs
 

@@ -1,5 +1,6 @@
-"""Imports go one way: cli, server -> session -> context, sampling -> leaves -> errors. Leaves do not import each other,
-but for the model, which is made of files and pictures.
+"""Imports go one way: cli, server -> session -> pruning -> context, sampling -> leaves -> errors.
+
+Leaves do not import each other, but for the model, which is made of files and pictures.
 """
 
 import ast
@@ -11,9 +12,10 @@ LEAVES = {"native", "policy", "budget", "images", "model", "chat", "metadata", "
 MAY_IMPORT = {leaf: {"errors"} for leaf in LEAVES} | {
     "errors": set(),
     "model": {"native", "metadata", "errors", "images"},
-    "context": {"native", "model", "policy", "budget", "errors"},
+    "context": {"native", "model", "metadata", "policy", "budget", "errors"},
     "sampling": {"native", "model", "errors"},
-    "session": LEAVES | {"context", "sampling", "errors"},
+    "pruning": {"context", "policy", "budget", "errors"},
+    "session": LEAVES | {"context", "sampling", "pruning", "errors"},
 }
 
 
