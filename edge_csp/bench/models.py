@@ -80,12 +80,12 @@ def opened(name: str, n_layer: int | None = None) -> Iterator[BenchModel]:
         try:
             write_model(path, shape)
         except OSError as error:
-            raise BenchError(f"{path} cannot be written ({error.strerror or error}); TMPDIR names another folder") from error
+            raise BenchError(f"{path} cannot be written ({error.strerror or error}): set TMPDIR") from error
         yield BenchModel(name, path, read_info(path), tuple(deviations))
 
 
 def write_model(path: Path, shape: Shape) -> None:
-    """Write a model of this shape with random weights in Q4_0, without a tokenizer. All layers have the same weights."""
+    """Write a model with random weights in Q4_0, the same in every layer, and without a tokenizer."""
     import gguf
 
     generator = np.random.default_rng(0)

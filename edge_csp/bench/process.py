@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,7 +35,15 @@ main()
 class Worker:
     """A process with one model. Its methods raise BenchError with the reason if it refuses, or if it died."""
 
-    def __init__(self, model: BenchModel, *, n_thread: int, python: str | None = None, use_mmap: bool = True) -> None:
+    def __init__(
+        self,
+        model: BenchModel,
+        *,
+        n_thread: int,
+        n_gpu_layers: int = -1,
+        python: str | None = None,
+        use_mmap: bool = True,
+    ) -> None:
         """python: an interpreter with the unpatched llama-cpp-python; default is this one, with ours."""
         self.name = "unpatched" if python else "ours"
         environment = dict(os.environ)
@@ -50,9 +60,10 @@ class Worker:
         except OSError as error:
             raise BenchError(f"{command[0]} cannot be run ({error.strerror or error})") from error
         try:
-            library = self.ask("load", path=str(model.path), n_thread=n_thread, use_mmap=use_mmap)
+            settings = {"n_thread": n_thread, "n_gpu_layers": n_gpu_layers, "use_mmap": use_mmap}
+            library = self.ask("load", path=str(model.path), **settings)
             self.version, self.system = str(library["llama_cpp"]), str(library["system"])
-            if python and library["csp"]:
+            if python and library["is_ours"]:
                 raise BenchError(f"{python} has the patched llama-cpp-python; an unpatched one was asked for")
         except BaseException:
             self.close()
@@ -114,42 +125,69 @@ class Workers:
 
 
 @contextmanager
-def workers(model: BenchModel, *, n_thread: int, upstream_python: str | None) -> Iterator[Workers]:
+def workers(
+    model: BenchModel, *, n_thread: int, n_gpu_layers: int = -1, upstream_python: str | None = None
+) -> Iterator[Workers]:
     """Processes with the model, with our library and, where there is one, the unpatched one."""
     with ExitStack() as stack:
-        ours = stack.enter_context(Worker(model, n_thread=n_thread))
-        plain = ours
+        start = partial(Worker, model, n_thread=n_thread, n_gpu_layers=n_gpu_layers)
+        ours = plain = stack.enter_context(start())
         if upstream_python:
-            plain = stack.enter_context(Worker(model, n_thread=n_thread, python=upstream_python))
+            plain = stack.enter_context(start(python=upstream_python))
         yield Workers(ours, plain)
 
 
 class RemoteCache:
-    """A context in a worker."""
+    """A context in a worker, see runtime.Cache and pruned.PrunedCache."""
+
+    _numbers = count()
 
     def __init__(
-        self, worker: Worker, name: str, n_ctx: int, setting: Setting, *, n_window: int = 0, n_ubatch: int = N_UBATCH
+        self,
+        worker: Worker,
+        n_ctx: int,
+        setting: Setting,
+        *,
+        records: bool = False,
+        cells: int | None = None,
+        n_ubatch: int = N_UBATCH,
     ) -> None:
-        """See runtime.Cache. name: another one for every context of the worker that is open."""
-        self._worker, self._name = worker, name
-        self.n_ctx: int = worker.ask(
-            "open", name=name, n_ctx=n_ctx, setting=astuple(setting), n_window=n_window, n_ubatch=n_ubatch
+        """records: the window is recorded, so that cells can be evicted. cells: bound of make_room()."""
+        self._worker, self._name = worker, str(next(self._numbers))
+        self.n_ctx: int = self._ask(
+            "open", n_ctx=n_ctx, setting=astuple(setting), n_ubatch=n_ubatch, records=records, cells=cells
         )
 
+    def _ask(self, do: str, **arguments: Any) -> Any:
+        return self._worker.ask(do, name=self._name, **arguments)
+
     def fill(self, n_cell: int) -> None:
-        self._worker.ask("fill", name=self._name, n_cell=n_cell)
+        self._ask("fill", n_cell=n_cell)
 
     def decode(self, n_token: int) -> float:
-        return float(self._worker.ask("decode", name=self._name, n_token=n_token))
+        """Milliseconds to evaluate random tokens."""
+        return float(self._ask("decode", n_token=n_token))
 
     def step(self) -> float:
-        return float(self._worker.ask("step", name=self._name))
+        """Milliseconds to evaluate one token, which is forgotten again."""
+        return float(self._ask("step"))
 
     def evict(self, n_keep: int) -> dict[str, float]:
-        return dict(self._worker.ask("evict", name=self._name, n_keep=n_keep))
+        """Milliseconds of scores, select and keep."""
+        return dict(self._ask("evict", n_keep=n_keep))
+
+    def make_room(self, n_token: int) -> float:
+        """Milliseconds to evict so that n_token cells are free."""
+        return float(self._ask("make_room", n_token=n_token))
+
+    @property
+    def n_batch(self) -> int:
+        """Tokens to evaluate at once in a bounded cache."""
+        return int(self._ask("n_batch"))
 
     def clear(self) -> None:
-        self._worker.ask("clear", name=self._name)
+        self._ask("clear")
 
     def close(self) -> None:
-        self._worker.ask("close", name=self._name)
+        """Free it. A second call does nothing."""
+        self._ask("close")

@@ -1,6 +1,6 @@
-"""A llama_context to be measured: fill it, decode, evict. Runs with the unpatched library too, which cannot evict.
+"""A llama_context to be measured: fill it, decode. Runs with the unpatched library too; pruned.py does not.
 
-Only llama_decode and llama_synchronize are timed, eviction by its steps. Times are in milliseconds.
+Only llama_decode and llama_synchronize are timed, in milliseconds.
 """
 
 from __future__ import annotations
@@ -8,10 +8,9 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +19,7 @@ from edge_csp import native
 from edge_csp.bench.fill import random_state
 from edge_csp.errors import BenchError, ContextError, ModelError
 
-N_WINDOW = 32
 N_UBATCH = 512
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -52,53 +49,61 @@ KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
 
 
 class Model:
-    """A loaded text model, without its encoder."""
+    """A loaded text model, without its encoder. A model that the caller has loaded stays the caller's."""
 
-    def __init__(self, path: str | Path, *, n_thread: int = 1, use_mmap: bool = True) -> None:
+    def __init__(
+        self, path: str | Path, *, n_thread: int = 1, n_gpu_layers: int = -1, use_mmap: bool = True, handle: Any = None
+    ) -> None:
+        """handle: llama_model pointer, if it is loaded already. Raises ModelError if the file cannot be loaded."""
         import llama_cpp
 
-        native.silence_logs()
-        native.clear_log_errors()
-        llama_cpp.llama_backend_init()
-        params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = 0
-        params.use_mmap = use_mmap
-        self.n_thread = n_thread
-        self.handle: Any = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
-        if not self.handle:
+        if not handle:
+            native.silence_logs()
+            native.clear_log_errors()
+            llama_cpp.llama_backend_init()
+            params = llama_cpp.llama_model_default_params()
+            params.n_gpu_layers, params.use_mmap = n_gpu_layers, use_mmap
+            handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+        if not handle:
             raise ModelError(f"{path} cannot be loaded: {native.last_log_error()}")
-        self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.handle)))
+        self.handle, self.n_thread = handle, n_thread
+        self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(handle)))
 
 
 class Cache:
-    """A context with one sequence of random tokens."""
+    """A context as upstream makes it, with one sequence of random tokens. Close it before its model."""
 
-    def __init__(self, model: Model, n_ctx: int, setting: Setting, *, n_window: int = 0, n_ubatch: int = N_UBATCH):
-        """n_window: queries that are recorded, 0 for a context as upstream makes it.
+    n_decode = 1
+    """Cells that fill() evaluates: the last ones."""
 
-        Raises ContextError if llama.cpp cannot make the context, NativeError if it cannot be pruned.
-        """
+    def __init__(self, model: Model, n_ctx: int, setting: Setting, *, n_ubatch: int = N_UBATCH) -> None:
+        """Raises ContextError if llama.cpp cannot make the context."""
+        self.n_past = 0
+        self._generator = np.random.default_rng(3)
+        self._n_vocab = model.n_vocab
+        self.ctx = self._open(model, n_ctx, setting, n_ubatch)
+
+    def _open(self, model: Model, n_ctx: int, setting: Setting, n_ubatch: int) -> Any:
+        """A llama_context pointer."""
         import llama_cpp
 
         native.clear_log_errors()
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = n_ctx
-        params.n_batch = params.n_ubatch = min(n_ubatch, n_ctx)
-        params.n_seq_max = 1
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, n_ubatch, n_ubatch, 1
         params.n_threads = params.n_threads_batch = model.n_thread
         params.flash_attn_type = int(setting.flash_attn)
         params.type_k, params.type_v = KV_TYPES[setting.type_k], KV_TYPES[setting.type_v]
-        self.csp: native.Csp | None = None
-        self.ctx: Any = llama_cpp.llama_init_from_model(model.handle, params)
-        if not self.ctx:
+        ctx = llama_cpp.llama_init_from_model(model.handle, params)
+        if not ctx:
             raise ContextError(f"no context of {n_ctx} cells, {setting}: {native.last_log_error()}")
-        self.n_ctx = int(llama_cpp.llama_n_ctx(self.ctx))
-        self.n_batch = int(params.n_batch)
-        self.n_past = 0
-        self._generator = np.random.default_rng(3)
-        self._n_vocab = model.n_vocab
-        if n_window:
-            self.csp = native.Csp.attach(self.ctx, n_window=n_window)
+        return ctx
+
+    @property
+    def n_ctx(self) -> int:
+        """Cells of the cache."""
+        import llama_cpp
+
+        return int(llama_cpp.llama_n_ctx(self.ctx))
 
     @property
     def _memory(self) -> Any:
@@ -106,19 +111,14 @@ class Cache:
 
         return llama_cpp.llama_get_memory(self.ctx)
 
-    @property
-    def n_cell(self) -> int:
-        """Cells in use."""
-        return self.csp.info().n_cell if self.csp else self.n_past
-
     def fill(self, n_cell: int) -> None:
-        """Fill n_cell cells; the last ones are decoded, so that a window is recorded. No others are evaluated.
+        """Fill n_cell cells with random rows, but for the last `n_decode`, which are evaluated.
 
         Raises BenchError if the cache is not a plain one.
         """
         import llama_cpp
 
-        n_decode = min(N_WINDOW, n_cell)
+        n_decode = min(self.n_decode, n_cell)
         self.clear()
         if n_cell > n_decode:
             self.decode(1)
@@ -150,7 +150,7 @@ class Cache:
         llama_cpp.llama_synchronize(self.ctx)
         end = time.perf_counter()
         if status == 1:
-            raise ContextError(f"the cache is full: {self.n_cell} of {self.n_ctx} cells are in use, {n_token} needed")
+            raise ContextError(f"the cache of {self.n_ctx} cells is full: {n_token} more are needed")
         if status != 0:
             raise BenchError(f"llama.cpp failed to evaluate: {native.last_log_error()}")
         self.n_past += n_token
@@ -166,33 +166,6 @@ class Cache:
         self.n_past -= 1
         return ms
 
-    def evict(self, n_keep: int) -> dict[str, float]:
-        """Keep n_keep cells, chosen by csp with its defaults; milliseconds of scores, select and keep."""
-        from edge_csp.budget import protected_cells
-        from edge_csp.policy import CspPolicy, Observation
-
-        if self.csp is None:
-            raise BenchError("a context without a window cannot evict")
-        csp, ms = self.csp, {}
-
-        def timed(name: str, function: Callable[[], Result]) -> Result:
-            begin = time.perf_counter()
-            result = function()
-            ms[name] = 1000 * (time.perf_counter() - begin)
-            return result
-
-        def select() -> NDArray[np.int32]:
-            pos, tag = csp.cells()
-            protected = np.zeros(pos.shape, np.bool_)
-            n_recent, n_sink = protected_cells(n_keep, n_recent=32, n_sink=4)
-            protected[..., :n_sink] = protected[..., -n_recent:] = True
-            return CspPolicy().select(Observation(scores, tag, pos), n_keep, protected)
-
-        scores = timed("scores", lambda: csp.scores(N_WINDOW))
-        cells = timed("select", select)
-        timed("keep", lambda: csp.keep(cells))
-        return ms
-
     def clear(self) -> None:
         """Forget everything."""
         import llama_cpp
@@ -204,11 +177,9 @@ class Cache:
         """Free the context. A second call does nothing."""
         import llama_cpp
 
-        if self.csp:
-            self.csp.close()
         if self.ctx:
             llama_cpp.llama_free(self.ctx)
-        self.csp = self.ctx = None
+        self.ctx = None
 
 
 def _u8_pointer(array: NDArray[np.uint8]) -> Any:

@@ -19,27 +19,51 @@ class Commands:
 
     def __init__(self) -> None:
         self._model: Model | None = None
+        self._vision: Any = None  # the same model, as ours
         self._caches: dict[str, Cache] = {}
 
-    def load(self, path: str, n_thread: int, use_mmap: bool = True) -> dict[str, Any]:
+    def load(self, path: str, n_thread: int, n_gpu_layers: int, use_mmap: bool = True) -> dict[str, Any]:
         """Load a model; tells the library."""
         import llama_cpp
 
-        self._model = Model(path, n_thread=n_thread, use_mmap=use_mmap)
+        is_ours = hasattr(llama_cpp.llama_cpp._lib, "llama_csp_init")
+        settings: dict[str, Any] = {"n_gpu_layers": n_gpu_layers, "use_mmap": use_mmap}
+        if is_ours:
+            from edge_csp.model import VisionModel
+
+            self._vision = VisionModel(path, n_threads=n_thread, **settings)
+            settings["handle"] = self._vision.handle
+        self._model = Model(path, n_thread=n_thread, **settings)
         return {
             "llama_cpp": str(llama_cpp.__version__),
-            "csp": hasattr(llama_cpp.llama_cpp._lib, "llama_csp_init"),
+            "is_ours": is_ours,
             "system": llama_cpp.llama_print_system_info().decode(),
         }
 
-    def open(self, name: str, n_ctx: int, setting: list[Any], n_window: int = 0, n_ubatch: int = 512) -> int:
-        """Make a context; returns its cells."""
+    def open(
+        self, name: str, n_ctx: int, setting: list[Any], n_ubatch: int, records: bool = False, cells: int | None = None
+    ) -> int:
+        """Make a context, recording its window or not; returns its cells. cells: bound of make_room()."""
         if self._model is None:
             raise BenchError("no model is loaded")
         self.close(name)
-        cache = Cache(self._model, n_ctx, Setting(*setting), n_window=n_window, n_ubatch=n_ubatch)
+        cache: Cache
+        if records:
+            from edge_csp.bench.pruned import PrunedCache
+
+            cache = PrunedCache(self._vision, self._model, n_ctx, Setting(*setting), n_ubatch=n_ubatch, cells=cells)
+        else:
+            cache = Cache(self._model, n_ctx, Setting(*setting), n_ubatch=n_ubatch)
         self._caches[name] = cache
         return cache.n_ctx
+
+    def _pruned(self, name: str) -> Any:
+        from edge_csp.bench.pruned import PrunedCache
+
+        cache = self._caches[name]
+        if not isinstance(cache, PrunedCache):
+            raise BenchError(f"context {name} records no window: it cannot evict")
+        return cache
 
     def fill(self, name: str, n_cell: int) -> None:
         self._caches[name].fill(n_cell)
@@ -51,7 +75,17 @@ class Commands:
         return self._caches[name].step()
 
     def evict(self, name: str, n_keep: int) -> dict[str, float]:
-        return self._caches[name].evict(n_keep)
+        """Milliseconds of scores, select and keep."""
+        times: dict[str, float] = self._pruned(name).evict(n_keep)
+        return times
+
+    def make_room(self, name: str, n_token: int) -> float:
+        """Evict so that n_token cells can be filled; milliseconds."""
+        return float(self._pruned(name).make_room(n_token))
+
+    def n_batch(self, name: str) -> int:
+        """Tokens to evaluate at once in a bounded cache."""
+        return int(self._pruned(name).n_batch)
 
     def clear(self, name: str) -> None:
         self._caches[name].clear()
