@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from edge_csp import __version__
-from edge_csp.cli import chat, demo, info, run
+from edge_csp.cli import bench, chat, demo, info, run
 from edge_csp.errors import EdgeCspError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 for module, name in ((chat, "chat"), (run, "run"), (demo, "demo"), (info, "info")):
     app.command(name, help=module.command.__doc__)(module.command)
+app.add_typer(bench.app, name="bench")
 
 
 @app.callback()
