@@ -23,7 +23,7 @@ class DecodePoint:
 
     looked_at: every unpruned setting, a first look. unpruned: the best of them, compared in turns with: pruned, by our
     own eviction from the n_cell cells; small: a cache of n_keep cells that never held more, the potential. pruned and
-    small by setting: the best unpruned one, and f16 without flash attention. left_out: why a setting has no times.
+    small by setting: those of unpruned, and f16 without flash attention. left_out: why a setting has no times.
     """
 
     n_cell: int
@@ -73,12 +73,11 @@ def measure_decode(
     if not lanes:
         return None
     lanes.sort(key=lambda found: found[0])
-    best = lanes[0]
-    candidates = [found for found in lanes if found[0] <= CANDIDATE * best[0]]
-    settings = dict.fromkeys([best[1], Setting()])
+    candidates = [found for found in lanes if found[0] <= CANDIDATE * lanes[0][0]]
+    settings = dict.fromkeys([*(setting for _, setting, _, _ in candidates), Setting()])
     pruned = {str(setting): _pruned(model, workers, setting, n_cell, n_keep) for setting in settings}
     small = {str(setting): _small(model, workers, setting, n_keep) for setting in settings}
-    full = {str(found[1]): found[2] for found in candidates}
+    full = {str(setting): lane for _, setting, lane, _ in candidates}
     times = alternate([*full.values(), *pruned.values(), *small.values()], n_round=n_round, n_step=N_STEP)
 
     def of(group: dict[str, Lane]) -> dict[str, Times]:

@@ -58,8 +58,9 @@ class BenchModel:
 def opened(name: str, n_layer: int | None = None) -> Iterator[BenchModel]:
     """The model of this name: a shape, written to a temporary folder, or a GGUF file.
 
-    n_layer: fewer layers than the shape has. Raises BenchError if there is no such shape or file, or not as many
-    layers; ModelError if the file is damaged.
+    n_layer: fewer layers than the shape has; the vocabulary shrinks with them, so that ratios of times stay.
+
+    Raises BenchError if there is no such shape or file, or not as many layers; ModelError if the file is damaged.
     """
     if name not in SHAPES:
         if not Path(name).is_file():
@@ -73,8 +74,11 @@ def opened(name: str, n_layer: int | None = None) -> Iterator[BenchModel]:
     if n_layer is not None and n_layer != shape.n_layer:
         if not 1 <= n_layer < shape.n_layer:
             raise BenchError(f"{n_layer} layers were asked for, the shape {name} has 1 to {shape.n_layer}")
-        deviations.append(f"scaled: {n_layer} of {shape.n_layer} layers")
-        shape = replace(shape, n_layer=n_layer)
+        n_vocab = max(32, shape.n_vocab * n_layer // shape.n_layer // 32 * 32)
+        deviations.append(
+            f"scaled: {n_layer} of {shape.n_layer} layers, {n_vocab} of {shape.n_vocab} tokens in the vocabulary"
+        )
+        shape = replace(shape, n_layer=n_layer, n_vocab=n_vocab)
     with TemporaryDirectory(prefix="edge-csp-bench-") as folder:
         path = Path(folder) / f"{name}.gguf"
         try:
