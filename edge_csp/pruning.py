@@ -85,7 +85,7 @@ class Pruner:
             target = budget.cells(n_token, self.context.bytes_per_cell)
             if budget.kind == "ratio" and n_cell - target < n_cell / MIN_GAIN:
                 target = n_cell
-        if self.is_bounded:
+        if self.is_bounded and n_cell > self.n_cell_max - self.n_batch // 2:
             target = min(target, self.n_cell_max - self.n_batch)
         return self._shrink(target, pinned)
 

@@ -87,13 +87,25 @@ class CacheUse:
 
 @dataclass(frozen=True)
 class _Item:
-    """Something evaluated: a token, or the cells of a picture. Items with the same key have the same cells."""
+    """Something to evaluate, or evaluated: a token, or the cells of a part of a picture.
 
-    key: int | tuple[str, int]
+    Items with the same key have the same cells. part: until it is evaluated; it holds the pixels.
+    """
+
+    key: int | tuple[str, int]  # token, or hash of the picture and number of its part
     n_cell: int = 1
     n_pos: int = 1
     name: str = field(default="", compare=False)
     part: PicturePart | None = field(default=None, compare=False)
+
+    @property
+    def is_picture(self) -> bool:
+        return isinstance(self.key, tuple)
+
+    @property
+    def is_new_picture(self) -> bool:
+        """True for the first part of a picture."""
+        return isinstance(self.key, tuple) and self.key[1] == 0
 
 
 @functools.cache  # long conversations are lists of few different tokens
@@ -151,6 +163,11 @@ class Session:
         self._text = ""  # the prompt text that became _items
         self._ends: dict[int, int] = {}  # number of messages -> items that they take
         self._pins = _Pins()
+
+    @property
+    def n_cell_max(self) -> int:
+        """Cells that the conversation may fill at any time."""
+        return self._pruner.n_cell_max
 
     @property
     def pruning(self) -> Pruning:
@@ -236,7 +253,7 @@ class Session:
         n_trained = self.model.info.n_ctx_train
         if not 0 < n_trained < n_pos:
             return
-        words = f"position {n_pos} lies beyond the trained context of {n_trained}"
+        words = f"the conversation has {n_pos} positions, more than the trained context of {n_trained}"
         if self.past_trained == "stop":
             raise ContextError(f"{words}: start anew, or go on at your own risk (--past-trained continue)")
         if not self._told_trained:
@@ -304,8 +321,8 @@ class Session:
         spans = [(self._end_of(messages[:i], items), self._end_of(messages[: i + 1], items)) for i in turns]
         n_picture = 0
         for i, item in enumerate(items):
-            if item.part is not None:
-                n_picture += item.part.index == 0
+            if item.is_picture:
+                n_picture += item.is_new_picture
                 if n_picture in pictures:
                     spans.append((i, i + 1))
         return _Pins(frozenset(pictures), tuple((positions[begin], positions[end]) for begin, end in spans))
@@ -320,7 +337,7 @@ class Session:
     def _plan(self, text: str, messages: Sequence[Message]) -> list[_Item]:
         """Items of the whole prompt; only what the cache does not hold is tokenised, if the text goes on from there."""
         pictures = [part["picture"] for message in messages for part in _parts(message) if part["type"] == "image"]
-        if self._text and text.startswith(self._text):
+        if self._text and text != self._text and text.startswith(self._text):
             n_old = _n_pictures(self._items)
             return self._items + _items(self.model.tokenize(text[len(self._text) :], pictures[n_old:]))
         bos = self.template.bos_token
@@ -338,14 +355,14 @@ class Session:
                 self._evaluate_picture(part)
             else:
                 n_batch, most = 0, self._pruner.n_batch
-                while n_batch < most and i + n_batch < len(items) and items[i + n_batch].part is None:
+                while n_batch < most and i + n_batch < len(items) and not items[i + n_batch].is_picture:
                     n_batch += 1
                 self._make_room(n_batch)
                 started = time.perf_counter()
                 self.context.decode_tokens([item.key for item in items[i : i + n_batch] if isinstance(item.key, int)])
                 self.counters.prefill_s += time.perf_counter() - started
                 self.counters.n_text_cell += n_batch
-            self._items.extend(items[i : i + n_batch])
+            self._items.extend([replace(items[i], part=None)] if part else items[i : i + n_batch])
             n_done += sum(item.n_cell for item in items[i : i + n_batch])
             i += n_batch
             self._report("prefill", n_done / n_all)
@@ -401,7 +418,7 @@ class Session:
 
         Raises TemplateError if the prompt does not end with text: only text tokens have logits to sample.
         """
-        if not self._items or self._items[-1].part is not None:
+        if not self._items or self._items[-1].is_picture:
             raise TemplateError("the prompt does not end with text, so there is nothing to answer")
         prompt_tokens = [item.key for item in self._items if isinstance(item.key, int)]
         sampler = Sampler(self.sampling, self.model, prompt_tokens)
@@ -481,7 +498,7 @@ class Session:
         spans = []  # (item, first position)
         position = 0
         for item in self._items:
-            if item.part is not None:
+            if item.is_picture:
                 spans.append((item, position))
             position += item.n_pos
         n_token = self.n_token
@@ -494,7 +511,7 @@ class Session:
             kept = [float(item.n_cell) for item, _ in spans]
         pictures: list[PictureUse] = []
         for (item, _), n_kept in zip(spans, kept, strict=True):
-            if item.part is not None and item.part.index > 0:  # a tile of the picture before
+            if not item.is_new_picture:  # a tile of the picture before
                 whole = pictures.pop()
                 pictures.append(replace(whole, n_cell=whole.n_cell + item.n_cell, kept=whole.kept + n_kept))
             else:
@@ -551,7 +568,7 @@ def open_session(
         )
         if cells is not None:
             bound = parse_budget(cells) if isinstance(cells, str) else cells
-            n_cell = _bounded_cells(bound, opened, cells_of, **context)
+            n_cell = bounded_cells(bound, opened, cells_of, **context)
             pruning, context["n_ctx"] = replace(pruning, cells=n_cell), n_cell
         session = Session(
             stack.enter_context(Context(opened, n_window=pruning.n_obs, **context)),
@@ -565,8 +582,11 @@ def open_session(
         yield session
 
 
-def _bounded_cells(bound: Budget, model: VisionModel, prompt: Sequence[Message], **context: Any) -> int:
-    """Cells of a bounded cache. Raises ContextError for a share of nothing, and below MIN_CELLS."""
+def bounded_cells(bound: Budget, model: VisionModel, prompt: Sequence[Message], **context: Any) -> int:
+    """Cells of a cache that is bounded to cells, bytes or a share of a prompt.
+
+    Raises ContextError for a share of nothing, and below MIN_CELLS.
+    """
     n_prompt = 0
     if bound.kind == "ratio":
         if not prompt:
@@ -604,7 +624,7 @@ def _parts(message: Message) -> Sequence[dict[str, Any]]:
 
 def _n_pictures(items: Sequence[_Item]) -> int:
     """Pictures among the items; the parts of one picture count once."""
-    return sum(item.part is not None and item.part.index == 0 for item in items)
+    return sum(item.is_new_picture for item in items)
 
 
 def _common_length(a: Sequence[_Item], b: Sequence[_Item]) -> int:

@@ -56,7 +56,6 @@ def command(
     """Talk with a model about pictures; /help tells the commands. Lines are read from stdin where it is no terminal."""
     from edge_csp.cli.render import Bars, say
 
-    settings = pruning.pruning(), sampling.sampling()
     stop, bars = Stop(), Bars()
 
     def on_progress(what: str, done: float) -> None:
@@ -64,7 +63,7 @@ def command(
         stop.check()
 
     try:
-        with opened(model, context, *settings, system=prompt.system_prompt, on_progress=on_progress) as session:
+        with opened(model, context, pruning, sampling, prompt, on_progress=on_progress) as session:
             if session.template.notice:
                 say(session.template.notice)
             chat = Chat(session, stop, bars, prompt.predict)
@@ -81,10 +80,10 @@ def _reader(chat: Chat) -> Callable[[], str]:
     """What reads the next message: an editor in a terminal, else lines."""
     if sys.stdin.isatty() and sys.stdout.isatty():
         from edge_csp.cli.editor import Editor
-        from edge_csp.cli.render import say, stdout
+        from edge_csp.cli.render import cache_line, say, stdout
 
         info = chat.session.model.info
-        stdout().print(f"{info.name or info.path.name}, {chat.session.context.n_ctx} cells", markup=False)
+        stdout().print(f"{info.name or info.path.name}, {cache_line(chat.session)}", markup=False)
         say("/help tells the commands")
         return Editor(chat).read
     return read_lines
@@ -206,7 +205,9 @@ class Chat:
             else:
                 write("\n")
                 if self.session.finish_reason == "full":
-                    say("the context is full: /undo, /clear, or start again with a larger one (-c)")
+                    say("the context is full: /undo, /clear, or start anew with a larger (-c) or bounded (--cells) one")
+                elif self.session.finish_reason == "trained":
+                    say("the context that the model was trained on is full: /undo or /clear (--past-trained stop)")
             finally:
                 self.bars.close()
                 if self.session.counters.n_turn > n_turn:
@@ -248,7 +249,28 @@ class Chat:
         if argument:
             session.pruning = replace(session.pruning, budget=parse_budget(argument))
             say("from the next message on; what was evicted does not come back")
-        print(f"budget {session.pruning.budget}, policy {session.pruning.policy.name}; {kept_line(session)}")
+        budget = session.pruning.budget or "all that fits"
+        print(f"budget {budget}, policy {session.pruning.policy.name}; {kept_line(session)}")
+
+    def pin(self, argument: str) -> None:
+        self._pin(argument, True)
+
+    def unpin(self, argument: str) -> None:
+        self._pin(argument, False)
+
+    def _pin(self, argument: str, pinned: bool) -> None:
+        """Pin or unpin "3" (a picture), "turn" (the last one), "turn 2" or "system"."""
+        what, _, number = argument.partition(" ")
+        n_turn = sum(message["role"] == "user" for message in self.session.messages)
+        if what.isdecimal() and not number:
+            self.session.pin_picture(int(what), pinned=pinned)
+        elif what == "turn" and (number.isdecimal() or not number):
+            self.session.pin_turn(int(number or n_turn), pinned=pinned)
+        elif argument == "system":
+            self.session.pin_turn(0, pinned=pinned)
+        else:
+            raise EdgeCspError("/pin needs the number of a picture, `turn`, `turn N` or `system`")
+        print("stays in the cache from now on" if pinned else "may be evicted again")
 
     def stats(self, _argument: str) -> None:
         from edge_csp.cli.render import cells_table, rows_table, stats_rows, stdout
@@ -283,6 +305,12 @@ COMMANDS: dict[str, tuple[str, str, Callable[[Chat, str], None]]] = {
     "image": ("PATH…", "Attach pictures to the next message; quotes, ~ and * work.", Chat.image),
     "images": ("", "List the pictures: cells filled, cells kept.", Chat.images),
     "budget": ("[SIZE]", "Show or set what stays of the KV cache: 20%, 512 (cells), 64MiB.", Chat.budget),
+    "pin": (
+        "N|turn [N]|system",
+        "Let a picture, a turn (the last one) or the system message stay.",
+        Chat.pin,
+    ),
+    "unpin": ("N|turn [N]|system", "Let it be evicted.", Chat.unpin),
     "stats": ("", "What has been evaluated, what is kept, how fast.", Chat.stats),
     "undo": ("", "Take back the last message and its answer.", Chat.undo),
     "clear": ("", "Start a new conversation.", Chat.clear),

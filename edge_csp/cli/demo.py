@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,11 +71,12 @@ def command(
 
     Every question is asked in a fresh conversation: the whole album first, the question last. Answers are greedy.
     """
+    from edge_csp.budget import parse_budget
     from edge_csp.cli.render import Bars
     from edge_csp.context import Context
     from edge_csp.model import VisionModel
+    from edge_csp.session import bounded_cells
 
-    settings = pruning.pruning()
     files = demo_files()
     album = read_album(options.DEMO / "album")
     bars = Bars()
@@ -83,8 +84,11 @@ def command(
         with (
             VisionModel(*files, n_threads=threads if threads > 0 else None, on_progress=bars) as model,
             Context(model, prune=False, **{**context.settings(), "softmax_n": 0.0}) as full,
-            Context(model, n_window=settings.n_obs, **context.settings()) as pruned,
+            Context(model, n_window=pruning.n_obs, **context.settings()) as pruned,
         ):
+            settings = pruning.pruning()
+            if pruning.cells:
+                settings = replace(settings, cells=bounded_cells(parse_budget(pruning.cells), model, album.messages))
             rows = []
             for number, (question, expected) in enumerate(album.questions):
                 bars("demo", number / len(album.questions))

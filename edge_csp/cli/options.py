@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial, wraps
@@ -21,6 +21,7 @@ from typer import Option
 from edge_csp.errors import EdgeCspError, ModelError, NativeError, SamplingError
 
 if TYPE_CHECKING:
+    from edge_csp.chat import Message
     from edge_csp.model import Progress
     from edge_csp.pruning import Pruning
     from edge_csp.sampling import Sampling
@@ -131,9 +132,23 @@ class ContextOptions:
 @dataclass(frozen=True)
 class PruningOptions:
     budget: Annotated[
-        str,
-        _pruning("--budget", metavar="SIZE", help="What stays of the KV cache: 20%, 512 (cells) or 64MiB; 100%: all."),
-    ] = DEFAULT_BUDGET
+        str | None,
+        _pruning(
+            "--budget",
+            metavar="SIZE",
+            help="What stays of the KV cache after every prompt: 20%, 512 (cells) or 64MiB; 100%: all "
+            "[default: 50%, with --cells all that fits].",
+        ),
+    ] = None
+    cells: Annotated[
+        str | None,
+        _pruning(
+            "--cells",
+            metavar="SIZE",
+            help="Bound the cache, instead of -c, to cells (1024), bytes (64MiB) or a share of the prompt (20%, run "
+            "only): any conversation fits, what is too much is evicted while reading and answering.",
+        ),
+    ] = None
     policy: Annotated[
         str, _pruning("--policy", metavar="NAME", help="What chooses the cells: csp, random, or full (keeps all).")
     ] = "csp"
@@ -159,9 +174,10 @@ class PruningOptions:
         from edge_csp.policy import make_policy
         from edge_csp.pruning import Pruning
 
+        budget = self.budget or (None if self.cells else DEFAULT_BUDGET)
         given = {name: getattr(self, name) for name in ("cross_ratio", "pool") if getattr(self, name) is not None}
         return Pruning(
-            parse_budget(self.budget),
+            parse_budget(budget) if budget else None,
             make_policy(self.policy, **given),
             n_obs=self.n_obs,
             n_recent=self.n_recent,
@@ -230,6 +246,21 @@ class PromptOptions:
         int,
         _prompt("-n", "--predict", "--n-predict", metavar="N", min=-1, help="Most tokens of an answer; -1: no limit."),
     ] = -1
+    past_trained: Annotated[
+        str,
+        _prompt(
+            "--past-trained",
+            metavar="continue|stop",
+            help="What happens where a conversation is longer than the context that the model was trained on.",
+        ),
+    ] = "continue"
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments of open_session()."""
+        return {
+            "system": clean(self.system_prompt) if self.system_prompt else None,
+            "past_trained": self.past_trained,
+        }
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
@@ -272,26 +303,31 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 def opened(
     model: ModelOptions,
     context: ContextOptions,
-    pruning: Pruning,
-    sampling: Sampling,
+    pruning: PruningOptions,
+    sampling: SamplingOptions,
+    prompt: PromptOptions,
     *,
-    system: str | None = None,
+    cells_of: Sequence[Message] = (),
     on_progress: Progress | None = None,
 ) -> Iterator[Session]:
-    """A session with these options."""
+    """A session with these options; its notices go to stderr."""
+    from edge_csp.cli.render import say
     from edge_csp.session import open_session
 
+    prunes = pruning.policy != "full" or context.attn_softmax_n != 0
+    settings: dict[str, Any] = {"pruning": pruning.pruning(), "sampling": sampling.sampling(), "cells": pruning.cells}
     path, mmproj = model.paths()
     with ExitStack() as stack:
         try:
             opening = open_session(
                 path,
                 mmproj,
-                pruning=pruning,
-                sampling=sampling,
-                system=clean(system) if system else None,
+                cells_of=cells_of,
+                prune=prunes,
                 on_progress=on_progress,
-                prune=pruning.policy.name != "full" or context.attn_softmax_n != 0,
+                on_notice=say,
+                **settings,
+                **prompt.settings(),
                 **model.settings(),
                 **context.settings(),
             )

@@ -150,6 +150,16 @@ def kept_line(session: Session) -> str:
     )
 
 
+def cache_line(session: Session) -> str:
+    """The cache in words."""
+    context = session.context
+    bound = "bounded to " if session.pruning.cells else ""
+    return (
+        f"{bound}{session.n_cell_max} cells of {size(context.bytes_per_cell)}, K {context.type_k}, V {context.type_v}, "
+        f"flash attention {context.flash_attn}"
+    )
+
+
 def cells_table(use: CacheUse) -> Table:
     """Cells and bytes per picture and modality; the kept ones are means over layers and KV heads and add up."""
     filled = [picture.n_cell for picture in use.pictures]
@@ -162,7 +172,8 @@ def cells_table(use: CacheUse) -> Table:
         table.add_row(escape(name), str(n_cell), f"{n_kept:.1f}", percent(n_kept, n_cell), n_bytes)
 
     for number, (picture, n_kept) in enumerate(zip(use.pictures, kept, strict=False), start=1):
-        add(f"{number} {Path(printable(picture.name)).name}", picture.n_cell, n_kept)
+        pinned = " (pinned)" if picture.pinned else ""
+        add(f"{number} {Path(printable(picture.name)).name}{pinned}", picture.n_cell, n_kept)
     add("pictures", sum(filled), in_pictures)
     add("text", use.n_text, kept[-1])
     add("all", use.n_token, use.n_cell)
@@ -176,11 +187,12 @@ def stats_rows(session: Session) -> list[tuple[str, str]]:
     n_prompt = n_evaluated - counters.n_generated
     once = "each evaluated once" if n_evaluated == n_token else "some again, or taken back"
     return [
+        ("cache", cache_line(session)),
         ("turns", str(counters.n_turn)),
         ("tokens evaluated", f"{n_evaluated} for a conversation of {n_token} cells: {once}"),
         ("started over", str(counters.n_restart)),
         ("pictures", f"{counters.n_encoded} encoded, {counters.n_picture - counters.n_encoded} taken from memory"),
-        ("cells evicted", f"{counters.n_evicted} per layer and KV head"),
+        ("cells evicted", f"{counters.n_evicted} per layer and KV head, in {counters.n_eviction} evictions"),
         ("encoding", f"{counters.encode_s:.2f} s"),
         ("reading", f"{counters.prefill_s:.2f} s, {speed(n_prompt, counters.prefill_s)}"),
         ("evicting", f"{1000 * counters.evict_s:.1f} ms"),

@@ -43,20 +43,22 @@ def command(
 
     if sampling.seed == -1:
         sampling = replace(sampling, seed=secrets.randbelow(2**32 - 1))  # so that it can be told
-    settings = pruning.pruning(), sampling.sampling()
     pictures = [load_picture(path) for path in prompt.image]
     for picture in pictures:
         notes(picture)
     bars = Bars()
     try:
-        with opened(model, context, *settings, system=prompt.system_prompt, on_progress=bars) as session:
+        parts = [{"type": "image", "picture": picture} for picture in pictures]
+        question = {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+        settings = model, context, pruning, sampling, prompt
+        with opened(*settings, cells_of=[question], on_progress=bars) as session:
             if session.template.notice:
                 say(session.template.notice)
             result = _ask(session, text, pictures, prompt.predict, stream=not as_json)
     finally:
         bars.close()
     if as_json:
-        result |= {"policy": pruning.policy, "budget": pruning.budget, "seed": sampling.seed}
+        result |= {"policy": pruning.policy, "seed": sampling.seed}
         print(json.dumps(result, indent=1))
 
 
@@ -83,11 +85,14 @@ def _ask(session: Session, text: str, pictures: list[Picture], n_predict: int, *
             write(piece)
     if stream:
         write("\n")
-    mmproj = session.model.mmproj_info
+    mmproj, pruning = session.model.mmproj_info, session.pruning
     return {
         "answer": answer,
         "finish_reason": session.finish_reason,
         **use_dict(use or session.cache_use()),
+        "budget": str(pruning.budget) if pruning.budget else None,
+        "cells_max": session.n_cell_max,
+        "evicted": session.counters.n_evicted,
         "times": times_dict(session.counters),
         "model": str(session.model.info.path),
         "mmproj": str(mmproj.path) if mmproj else None,
