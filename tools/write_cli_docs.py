@@ -71,7 +71,9 @@ def _option(option: Any) -> str:
     names = ", ".join(f"`{name}`" for name in sorted(option.opts, key=lambda name: name.startswith("--")))
     value = "" if option.is_flag else f" {option.metavar}"
     default = "" if option.is_flag or option.default in (None, []) or option.multiple else f"{option.default}"
-    return f"| {names}{value} | {default} | {option.help} |".replace("on|off|auto", r"on\|off\|auto")
+    return f"| {names}{value} | {default} | {option.help} |".replace("on|off|auto", r"on\|off\|auto").replace(
+        "wall|cpu", r"wall\|cpu"
+    )
 
 
 def main() -> int:

@@ -9,10 +9,12 @@ from edge_csp.bench.alternate import Ratio, paired_ratio
 from edge_csp.bench.decode import filled
 from edge_csp.bench.models import BenchModel
 from edge_csp.bench.process import RemoteCache, Workers
-from edge_csp.bench.runtime import N_UBATCH, Setting
+from edge_csp.bench.runtime import Setting
 
 BLOCK_MS = 4000
 """Time that a block of pairs may take per variant."""
+N_BATCH = 128
+"""Tokens of a batch: few, so that there are many pairs; more would make recording, of the last 32, look cheaper."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def measure_overhead(model: BenchModel, workers: Workers, n_cell: int, *, n_bloc
     has_upstream = workers.plain is not workers.ours
     decode: list[list[tuple[float, ...]]] = []
     prefill: list[list[tuple[float, ...]]] = []
-    n_batch = min(N_UBATCH, n_cell)
+    n_batch = min(N_BATCH, n_cell)
     for _ in range(n_block):
         caches = [
             RemoteCache(workers.plain, n_cell, Setting()),
@@ -77,7 +79,7 @@ def _in_turns(caches: list[RemoteCache], time: Callable[[RemoteCache], float]) -
     """Times of all caches, again and again, beginning with another one each time."""
     expected = max(time(cache) for cache in caches)
     found = []
-    for i in range(max(4, min(300, int(BLOCK_MS / expected)))):
+    for i in range(max(3, min(300, int(BLOCK_MS / expected)))):
         order = [(i + j) % len(caches) for j in range(len(caches))]
         ms = {j: time(caches[j]) for j in order}
         found.append(tuple(ms[j] for j in range(len(caches))))

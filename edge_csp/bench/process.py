@@ -41,6 +41,7 @@ class Worker:
         *,
         n_thread: int,
         n_gpu_layers: int = -1,
+        clock: str = "wall",
         python: str | None = None,
         use_mmap: bool = True,
     ) -> None:
@@ -60,8 +61,14 @@ class Worker:
         except OSError as error:
             raise BenchError(f"{command[0]} cannot be run ({error.strerror or error})") from error
         try:
-            settings = {"n_thread": n_thread, "n_gpu_layers": n_gpu_layers, "use_mmap": use_mmap}
-            library = self.ask("load", path=str(model.path), **settings)
+            library = self.ask(
+                "load",
+                path=str(model.path),
+                n_thread=n_thread,
+                n_gpu_layers=n_gpu_layers,
+                clock=clock,
+                use_mmap=use_mmap,
+            )
             self.version, self.system = str(library["llama_cpp"]), str(library["system"])
             if python and library["is_ours"]:
                 raise BenchError(f"{python} has the patched llama-cpp-python; an unpatched one was asked for")
@@ -127,11 +134,11 @@ class Workers:
 
 @contextmanager
 def workers(
-    model: BenchModel, *, n_thread: int, n_gpu_layers: int = -1, upstream_python: str | None = None
+    model: BenchModel, *, n_thread: int, n_gpu_layers: int = -1, clock: str = "wall", upstream_python: str | None = None
 ) -> Iterator[Workers]:
     """Processes with the model, with our library and, where there is one, the unpatched one."""
     with ExitStack() as stack:
-        start = partial(Worker, model, n_thread=n_thread, n_gpu_layers=n_gpu_layers)
+        start = partial(Worker, model, n_thread=n_thread, n_gpu_layers=n_gpu_layers, clock=clock)
         ours = plain = stack.enter_context(start())
         if upstream_python:
             plain = stack.enter_context(start(python=upstream_python))

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from edge_csp import __version__
@@ -99,7 +100,10 @@ def machine_rows(settings: Settings) -> list[tuple[str, str]]:
     found = machine()
     return [
         ("machine", f"{found['processor']}, {found['cores']} cores, {_size(found['memory_free'])} free"),
-        ("threads", str(settings.n_thread)),
+        (
+            "threads",
+            f"{settings.n_thread}, {'time on the wall' if settings.clock == 'wall' else 'time of the processor'}",
+        ),
         ("versions", f"edge-csp {found['edge_csp']}, llama-cpp-python {found['llama_cpp_python']}"),
         ("unpruned by", settings.upstream_python or "our library, without csp (--upstream-python: the unpatched one)"),
     ]
@@ -252,7 +256,7 @@ def _plot_decode(axes: Any, report: ModelReport) -> None:
     }
     for (name, times), style in zip(best.items(), ("o-", "o-", "x--"), strict=True):
         axes.plot(cells, [one.median for one in times], style, label=name)
-        axes.fill_between(cells, *zip(*(one.spread for one in times), strict=True), alpha=0.2)
+        axes.fill_between(cells, *zip(*(np.quantile(one.ms, (0.25, 0.75)) for one in times), strict=True), alpha=0.2)
     if cells:
         axes.set_ylim(bottom=0)
         axes.legend()

@@ -44,6 +44,8 @@ SETTINGS = (
     Setting("q4_0", "q4_0", flash_attn=True),
 )
 """What llama.cpp offers without pruning; quantised V needs flash attention."""
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+"""Seconds on the wall, or of the processor in all threads of this process."""
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
 """Cache types by their ggml number."""
 
@@ -52,9 +54,19 @@ class Model:
     """A loaded text model, without its encoder. A model that the caller has loaded stays the caller's."""
 
     def __init__(
-        self, path: str | Path, *, n_thread: int = 1, n_gpu_layers: int = -1, use_mmap: bool = True, handle: Any = None
+        self,
+        path: str | Path,
+        *,
+        n_thread: int = 1,
+        n_gpu_layers: int = -1,
+        use_mmap: bool = True,
+        clock: str = "wall",
+        handle: Any = None,
     ) -> None:
-        """handle: llama_model pointer, if it is loaded already. Raises ModelError if the file cannot be loaded."""
+        """clock: one of CLOCKS. handle: llama_model pointer, if it is loaded already.
+
+        Raises ModelError if the file cannot be loaded.
+        """
         import llama_cpp
 
         if not handle:
@@ -66,7 +78,7 @@ class Model:
             handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not handle:
             raise ModelError(f"{path} cannot be loaded: {native.last_log_error()}")
-        self.handle, self.n_thread = handle, n_thread
+        self.handle, self.n_thread, self.clock = handle, n_thread, CLOCKS[clock]
         self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(handle)))
 
 
@@ -80,7 +92,7 @@ class Cache:
         """Raises ContextError if llama.cpp cannot make the context."""
         self.n_past = 0
         self._generator = np.random.default_rng(3)
-        self._n_vocab = model.n_vocab
+        self._n_vocab, self._clock = model.n_vocab, model.clock
         self.ctx = self._open(model, n_ctx, setting, n_ubatch)
 
     def _open(self, model: Model, n_ctx: int, setting: Setting, n_ubatch: int) -> Any:
@@ -145,10 +157,10 @@ class Cache:
         tokens = (ctypes.c_int32 * n_token)(*self._generator.integers(0, self._n_vocab, n_token).tolist())
         batch = llama_cpp.llama_batch_get_one(tokens, n_token)
         native.clear_log_errors()
-        begin = time.perf_counter()
+        begin = self._clock()
         status = llama_cpp.llama_decode(self.ctx, batch)
         llama_cpp.llama_synchronize(self.ctx)
-        end = time.perf_counter()
+        end = self._clock()
         if status == 1:
             raise ContextError(f"the cache of {self.n_ctx} cells is full: {n_token} more are needed")
         if status != 0:

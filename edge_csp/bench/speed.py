@@ -32,6 +32,7 @@ class Settings:
     mmproj: Path | None = None
     n_thread: int = 1
     n_gpu_layers: int = -1
+    clock: str = "wall"
     cells: tuple[int, ...] = (1024, 4096, 8192, 16384)
     prefill_tokens: int = 16384
     prefill_cells: int = 1024
@@ -87,7 +88,13 @@ def _measure_model(model: models.BenchModel, settings: Settings, listener: Liste
         listener.on_result(report, result)
 
     n_thread, n_gpu_layers = settings.n_thread, settings.n_gpu_layers
-    with workers(model, n_thread=n_thread, n_gpu_layers=n_gpu_layers, upstream_python=settings.upstream_python) as pair:
+    with workers(
+        model,
+        n_thread=n_thread,
+        n_gpu_layers=n_gpu_layers,
+        clock=settings.clock,
+        upstream_python=settings.upstream_python,
+    ) as pair:
         report.libraries = {"ours": pair.ours.version, "unpruned": pair.plain.version, "cpu": pair.ours.system}
         listener.on_model(report)
         _decode(model, pair, settings, report, listener)

@@ -22,7 +22,9 @@ class Commands:
         self._vision: Any = None  # the same model, as ours
         self._caches: dict[str, Cache] = {}
 
-    def load(self, path: str, n_thread: int, n_gpu_layers: int, use_mmap: bool = True) -> dict[str, Any]:
+    def load(
+        self, path: str, n_thread: int, n_gpu_layers: int, clock: str = "wall", use_mmap: bool = True
+    ) -> dict[str, Any]:
         """Load a model; tells the library."""
         import llama_cpp
 
@@ -33,7 +35,7 @@ class Commands:
 
             self._vision = VisionModel(path, n_threads=n_thread, **settings)
             settings["handle"] = self._vision.handle
-        self._model = Model(path, n_thread=n_thread, **settings)
+        self._model = Model(path, n_thread=n_thread, clock=clock, **settings)
         return {
             "llama_cpp": str(llama_cpp.__version__),
             "is_ours": is_ours,

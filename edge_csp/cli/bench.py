@@ -45,6 +45,12 @@ def speed(
     gpu_layers: Annotated[
         int, typer.Option("-ngl", "--gpu-layers", metavar="N", help="Layers on the GPU, if there is one; -1: all.")
     ] = -1,
+    clock: Annotated[
+        str,
+        typer.Option(
+            "--clock", metavar="wall|cpu", help="cpu: time of the processor, where others use the machine too."
+        ),
+    ] = "wall",
     only: Annotated[str, typer.Option("--only", metavar="SECTIONS", help="What to measure.")] = SECTIONS,
     cells: Annotated[
         str, typer.Option("--cells", metavar="N,N…", help="decode, eviction: cells; overhead, turns: the fewest.")
@@ -93,6 +99,7 @@ def speed(
         mmproj=mmproj,
         n_thread=threads,
         n_gpu_layers=gpu_layers,
+        clock=_clock(clock, threads),
         cells=_cells(cells),
         prefill_tokens=prefill_tokens,
         prefill_cells=prefill_cells,
@@ -133,6 +140,14 @@ def _run(settings: Settings, json_file: Path | None, plot: Path | None) -> None:
             _write(json_file, json.dumps(report.to_dict(settings, reports), indent=1) + "\n")
     if plot:
         report.write_plot(plot, reports)
+
+
+def _clock(name: str, n_thread: int) -> str:
+    if name not in ("wall", "cpu"):
+        raise BenchError(f"clock {name!r} is unknown: use wall or cpu")
+    if name == "cpu" and n_thread > 1:
+        raise BenchError(f"--clock cpu adds up the time of all threads: it needs one thread, not {n_thread}")
+    return name
 
 
 def _sections(text: str) -> tuple[str, ...]:

@@ -199,6 +199,8 @@ def test_patched_python_is_not_unpatched() -> None:
         (["--only", "decode,speed"], "section 'speed' is unknown: use decode, overhead"),
         (["--cells", "1000"], "1000 cells cannot be measured: llama.cpp has multiples of 256"),
         (["--cells", "many"], "cells 'many' are not whole numbers"),
+        (["--clock", "sun"], "clock 'sun' is unknown: use wall or cpu"),
+        (["--clock", "cpu", "-t", "2"], "it needs one thread, not 2"),
         (["--budget", "0"], "keeps nothing"),
         (["-m", "tiny", "--upstream-python", "/nowhere/python"], "/nowhere/python cannot be run"),
     ],
