@@ -86,6 +86,14 @@ def paired_ratio(blocks: Sequence[Sequence[tuple[float, float]]], *, n_resample:
     return Ratio(float(np.median(np.concatenate(ratios))), low, high, sum(map(len, ratios)))
 
 
+def does_not_fit(n_cell: int, cell_bytes: int) -> str | None:
+    """In words that so many cells do not fit into the free memory, None if they do."""
+    n_bytes, n_free = n_cell * cell_bytes, free_memory()
+    if n_bytes <= 0.9 * n_free:
+        return None
+    return f"{n_cell} cells x {cell_bytes} bytes = {n_bytes / 2**30:.1f} GiB, free are {n_free / 2**30:.1f} GiB"
+
+
 def free_memory() -> int:
     """Bytes that new processes can have, without swapping."""
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edge_csp.bench.alternate import Lane, Times, alternate, free_memory
+from edge_csp.bench.alternate import Lane, Times, alternate, does_not_fit
 from edge_csp.bench.models import BenchModel
 from edge_csp.bench.process import RemoteCache, Workers
 from edge_csp.bench.runtime import SETTINGS, Setting
@@ -62,8 +62,8 @@ def measure_decode(
     for setting in SETTINGS:
         try:
             lane = _full(model, workers, setting, n_cell)
-            if lane.n_bytes > free_memory() * 0.9:
-                raise BenchError(f"{n_cell} cells x {lane.n_bytes // n_cell} bytes do not fit into the free memory")
+            if reason := does_not_fit(n_cell, lane.n_bytes // n_cell):
+                raise BenchError(reason)
             looked = alternate([lane], n_round=1, n_step=2)
         except (BenchError, BudgetError) as error:
             left_out.append(f"{setting}: {error}")

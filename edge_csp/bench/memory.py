@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edge_csp.bench.alternate import free_memory
+from edge_csp.bench.alternate import does_not_fit
 from edge_csp.bench.decode import bytes_per_cell
 from edge_csp.bench.models import BenchModel
 from edge_csp.bench.prefill import fill_bounded
@@ -63,7 +63,7 @@ def measure_memory(
     cell_bytes, unbounded = bytes_per_cell(model, Setting()), None
     with process() as worker:
         before = worker.memory()
-        if n_token * cell_bytes < 0.9 * free_memory():
+        if not does_not_fit(n_token, cell_bytes):
             RemoteCache(worker, n_token, Setting(), n_ubatch=n_ubatch)
             unbounded = worker.memory() - before
     return Memory(n_token, cells, n_ubatch, cell_bytes, bounded, bounded_most, plain, unbounded)

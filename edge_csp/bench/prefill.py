@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edge_csp.bench.alternate import Times, free_memory
+from edge_csp.bench.alternate import Times, does_not_fit
 from edge_csp.bench.decode import bytes_per_cell, filled
 from edge_csp.bench.models import BenchModel
 from edge_csp.bench.process import RemoteCache, Workers
@@ -45,9 +45,8 @@ def measure_prefill(
     looked_at: dict[Setting, Times] = {}
     for setting in SETTINGS:
         try:
-            n_bytes = n_token * bytes_per_cell(model, setting)
-            if n_bytes > 0.9 * free_memory():
-                raise BenchError(f"{n_token} cells take {n_bytes} bytes, which do not fit into the free memory")
+            if reason := does_not_fit(n_token, bytes_per_cell(model, setting)):
+                raise BenchError(reason)
             cache = RemoteCache(workers.plain, n_token, setting)
             try:
                 n_batch = min(N_UBATCH, n_token // 2)

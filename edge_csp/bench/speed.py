@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_csp.bench import models
+from edge_csp.bench.alternate import does_not_fit
 from edge_csp.bench.decode import DecodePoint, bytes_per_cell, measure_decode
 from edge_csp.bench.eviction import Eviction, measure_eviction
 from edge_csp.bench.memory import Memory, measure_memory
@@ -152,6 +153,9 @@ def _decode(
                 report.decode.append(point)
                 listener.on_result(report, point)
         if "eviction" in settings.sections:
+            if reason := does_not_fit(n_cell, report.cell_bytes):
+                listener.say(f"{model.name}, eviction left out: {reason}")
+                continue
             eviction = measure_eviction(pair, n_cell, budget, cell_bytes=report.cell_bytes, n_repeat=n_repeat)
             report.eviction.append(eviction)
             listener.on_result(report, eviction)

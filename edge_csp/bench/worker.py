@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from typing import Any
 
@@ -117,6 +118,7 @@ def memory() -> dict[str, int]:
 
 def main() -> None:
     """Serve until stdin ends. Answers go to the stdout that the process began with; libraries cannot write there."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its workers
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     commands = Commands()

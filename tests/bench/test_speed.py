@@ -236,3 +236,16 @@ def test_layers_scale_the_vocabulary() -> None:
     with models.opened("135m", 3) as model:
         assert (model.info.n_layer, model.info.n_vocab) == (3, 4896)
         assert "scaled: 3 of 30 layers, 4896 of 49152 tokens in the vocabulary" in model.deviations
+
+
+def test_what_does_not_fit_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alternate, "free_memory", lambda: 512 * 256)  # 512 cells of f16
+    found = speed("-m", "tiny", "--only", "decode,eviction,prefill,memory", folder=tmp_path)
+    (model,) = found["models"]
+    assert [point["n_cell"] for point in model["decode"]] == [256, 512]
+    assert any(line.startswith("f16, FA off: 512 cells x 256 bytes") for line in model["decode"][1]["left_out"])
+    assert [point["n_cell"] for point in model["eviction"]] == [256]
+    assert model["memory"]["unbounded"] is None
+    assert "512 cells x 256 bytes = 0.0 GiB, free are 0.0 GiB" in capsys.readouterr().err
