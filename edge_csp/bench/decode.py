@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from edge_csp.bench.alternate import Lane, Times, alternate, does_not_fit
 from edge_csp.bench.models import BenchModel
 from edge_csp.bench.process import RemoteCache, Workers
-from edge_csp.bench.runtime import SETTINGS, Setting
+from edge_csp.bench.runtime import N_UBATCH, SETTINGS, Setting
 from edge_csp.budget import Budget, kv_bytes_per_cell
 from edge_csp.errors import BenchError, BudgetError
 
@@ -21,9 +21,11 @@ N_STEP = 3
 class DecodePoint:
     """Milliseconds per token with n_cell cells evaluated before, and with n_keep of them left.
 
-    looked_at: every unpruned setting, a first look. unpruned: the best of them, compared in turns with: pruned, by our
-    own eviction from the n_cell cells; small: a cache of n_keep cells that never held more, the potential. pruned and
-    small by setting: those of unpruned, and f16 without flash attention. left_out: why a setting has no times.
+    looked_at: every unpruned setting, a first look. unpruned: the best of them, compared in turns with
+    pruned: by our own eviction, in a cache of n_cell cells;
+    bounded: the same in a cache with room for a batch beside the n_keep cells;
+    small: a cache of n_keep cells, without csp, the potential.
+    These three by setting: those of unpruned, and f16 without flash attention. left_out: why a setting has no times.
     """
 
     n_cell: int
@@ -31,6 +33,7 @@ class DecodePoint:
     looked_at: dict[str, Times]
     unpruned: dict[str, Times]
     pruned: dict[str, Times]
+    bounded: dict[str, Times]
     small: dict[str, Times]
     left_out: tuple[str, ...]
 
@@ -48,9 +51,19 @@ class DecodePoint:
         return self.unpruned[self.best_unpruned].median / self.pruned[self.best_pruned].median
 
     @property
+    def gain_bounded(self) -> float:
+        """The same of a bounded cache, in the setting that is best for pruned."""
+        return self.unpruned[self.best_unpruned].median / self.bounded[self.best_pruned].median
+
+    @property
     def per_potential(self) -> float:
-        """Pruned time in that of a cache that never held more cells."""
+        """Pruned time in that of a cache that never had more cells, in the same setting."""
         return self.pruned[self.best_pruned].median / self.small[self.best_pruned].median
+
+    @property
+    def per_potential_bounded(self) -> float:
+        """The same of a bounded cache."""
+        return self.bounded[self.best_pruned].median / self.small[self.best_pruned].median
 
 
 def measure_decode(
@@ -76,15 +89,19 @@ def measure_decode(
     candidates = [found for found in lanes if found[0] <= CANDIDATE * lanes[0][0]]
     settings = dict.fromkeys([*(setting for _, setting, _, _ in candidates), Setting()])
     pruned = {str(setting): _pruned(model, workers, setting, n_cell, n_keep) for setting in settings}
+    n_bounded = min(n_keep + N_UBATCH, n_cell)
+    bounded = {str(setting): _pruned(model, workers, setting, n_bounded, n_keep) for setting in settings}
     small = {str(setting): _small(model, workers, setting, n_keep) for setting in settings}
     full = {str(setting): lane for _, setting, lane, _ in candidates}
-    times = alternate([*full.values(), *pruned.values(), *small.values()], n_round=n_round, n_step=N_STEP)
+    times = alternate(
+        [*full.values(), *pruned.values(), *bounded.values(), *small.values()], n_round=n_round, n_step=N_STEP
+    )
 
     def of(group: dict[str, Lane]) -> dict[str, Times]:
         return {name: times[lane.name] for name, lane in group.items()}
 
     looked_at = {str(setting): first for _, setting, _, first in lanes}
-    return DecodePoint(n_cell, n_keep, looked_at, of(full), of(pruned), of(small), tuple(left_out))
+    return DecodePoint(n_cell, n_keep, looked_at, of(full), of(pruned), of(bounded), of(small), tuple(left_out))
 
 
 def bytes_per_cell(model: BenchModel, setting: Setting) -> int:
@@ -108,7 +125,7 @@ def _pruned(model: BenchModel, workers: Workers, setting: Setting, n_cell: int, 
         cache.evict(n_keep - 1)
         return cache
 
-    return Lane(f"pruned {setting}", open_cache, n_cell * bytes_per_cell(model, setting))
+    return Lane(f"pruned {n_cell} {setting}", open_cache, n_cell * bytes_per_cell(model, setting))
 
 
 def _small(model: BenchModel, workers: Workers, setting: Setting, n_keep: int) -> Lane:

@@ -71,7 +71,7 @@ def to_dict(settings: Settings, reports: list[ModelReport]) -> dict[str, Any]:
 
 
 _DERIVED = {
-    DecodePoint: ("best_unpruned", "best_pruned", "gain", "per_potential"),
+    DecodePoint: ("best_unpruned", "best_pruned", "gain", "gain_bounded", "per_potential", "per_potential_bounded"),
     Prefill: ("gain",),
     Memory: ("per_cells",),
     Eviction: ("decode_steps",),
@@ -155,9 +155,16 @@ def _rows(result: Result) -> list[Row]:
         rows = [_times(f"unpruned {name}", times, "first look") for name, times in result.looked_at.items()]
         rows += [_times(f"unpruned {name}", times) for name, times in result.unpruned.items()]
         rows += [_times(f"pruned {name}", times) for name, times in result.pruned.items()]
-        rows += [_times(f"never more cells, {name}", times) for name, times in result.small.items()]
-        rows.append(_figure("pruned is faster than the best unpruned", f"{result.gain:.2f} x", result.best_unpruned))
-        return [*rows, _figure("pruned takes, of never more cells", _percent(result.per_potential), result.best_pruned)]
+        rows += [_times(f"bounded {name}", times) for name, times in result.bounded.items()]
+        rows += [_times(f"never more cells {name}", times) for name, times in result.small.items()]
+        best = f"best unpruned: {result.best_unpruned}", f"best pruned: {result.best_pruned}"
+        return [
+            *rows,
+            _figure("pruned is faster than unpruned", f"{result.gain:.2f} x", best[0]),
+            _figure("bounded is", f"{result.gain_bounded:.2f} x"),
+            _figure("pruned takes, of never more cells", _percent(result.per_potential), best[1]),
+            _figure("bounded takes", _percent(result.per_potential_bounded)),
+        ]
     if isinstance(result, Overhead):
         return _overhead_rows(result)
     if isinstance(result, Prefill):
@@ -252,9 +259,10 @@ def _plot_decode(axes: Any, report: ModelReport) -> None:
     best = {
         "unpruned, best setting": [point.unpruned[point.best_unpruned] for point in report.decode],
         "pruned": [point.pruned[point.best_pruned] for point in report.decode],
+        "bounded": [point.bounded[point.best_pruned] for point in report.decode],
         "never more cells": [point.small[point.best_pruned] for point in report.decode],
     }
-    for (name, times), style in zip(best.items(), ("o-", "o-", "x--"), strict=True):
+    for (name, times), style in zip(best.items(), ("o-", "o-", "s:", "x--"), strict=True):
         axes.plot(cells, [one.median for one in times], style, label=name)
         axes.fill_between(cells, *zip(*(np.quantile(one.ms, (0.25, 0.75)) for one in times), strict=True), alpha=0.2)
     if cells:

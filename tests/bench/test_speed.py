@@ -66,10 +66,12 @@ def test_every_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     names = [str(setting) for setting in SETTINGS]
     point, point_512 = model["decode"]
     assert sorted(point["looked_at"]) == sorted(names)
-    assert set(point["unpruned"]) <= set(point["pruned"]) == set(point["small"])
+    assert set(point["unpruned"]) <= set(point["pruned"]) == set(point["small"]) == set(point["bounded"])
     assert "f16, FA off" in point["pruned"]
     assert (point_512["n_cell"], point_512["n_keep"]) == (512, 102)
-    shown = keys({**model, "decode": [{**point, "looked_at": {}, "unpruned": {}, "pruned": {}, "small": {}}]})
+    shown = keys(
+        {**model, "decode": [{**point, "looked_at": {}, "unpruned": {}, "pruned": {}, "bounded": {}, "small": {}}]}
+    )
     assert shown == {
         "name": "str",
         "deviations": ["str"],
@@ -82,12 +84,15 @@ def test_every_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
                 "looked_at": {},
                 "unpruned": {},
                 "pruned": {},
+                "bounded": {},
                 "small": {},
                 "left_out": [],
                 "best_unpruned": "str",
                 "best_pruned": "str",
                 "gain": "float",
+                "gain_bounded": "float",
                 "per_potential": "float",
+                "per_potential_bounded": "float",
             }
         ],
         "overhead": {
