@@ -5,6 +5,7 @@ limit. Programs print the message and stop; they never need a traceback to say w
 """
 
 __all__ = [
+    "BenchError",
     "BudgetError",
     "ContextError",
     "DownloadError",
@@ -68,3 +69,7 @@ class NativeError(EdgeCspError):
     def __init__(self, message: str, status: int = 0) -> None:
         super().__init__(message)
         self.status = status
+
+
+class BenchError(EdgeCspError):
+    """A benchmark cannot be run as asked for."""

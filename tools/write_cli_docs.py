@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ HEAD = """\
 
 <!-- Written by tools/write_cli_docs.py; change the commands instead. -->
 
-`edge-csp chat`, `run`, `demo`, `plan` and `info`, or `python -m edge_csp …`. Names are llama.cpp's where it has one.
+`edge-csp chat`, `run`, `demo`, `plan`, `info`, `rpc-server` and `bench speed`, or `python -m edge_csp …`. Names are
+llama.cpp's where it has one.
 
 - Results go to stdout; notes, progress and errors to stderr. Progress bars appear only in a terminal.
 - Exit status: 0, 1 after an error (one line on stderr), 2 for wrong usage, 130 after Ctrl-C.
@@ -31,7 +33,16 @@ def text() -> str:
     """What docs/cli.md has to be."""
     commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     seen: dict[str, str] = {}
-    return HEAD + "".join(_command(name, command, seen) for name, command in commands.items())
+    return HEAD + "".join(_command(name, command, seen) for name, command in _leaves(commands))
+
+
+def _leaves(commands: dict[str, Any], parent: str = "") -> Iterator[tuple[str, Any]]:
+    """Names and commands, those of groups in their place."""
+    for name, command in commands.items():
+        if hasattr(command, "commands"):
+            yield from _leaves(command.commands, f"{parent}{name} ")
+        else:
+            yield parent + name, command
 
 
 def _command(name: str, command: Any, seen: dict[str, str]) -> str:
@@ -60,7 +71,9 @@ def _option(option: Any) -> str:
     names = ", ".join(f"`{name}`" for name in sorted(option.opts, key=lambda name: name.startswith("--")))
     value = "" if option.is_flag else f" {option.metavar}"
     default = "" if option.is_flag or option.default in (None, []) or option.multiple else f"{option.default}"
-    return f"| {names}{value} | {default} | {option.help} |".replace("on|off|auto", r"on\|off\|auto")
+    return f"| {names}{value} | {default} | {option.help} |".replace("on|off|auto", r"on\|off\|auto").replace(
+        "wall|cpu", r"wall\|cpu"
+    )
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from edge_csp import __version__
-from edge_csp.cli import chat, demo, info, plan, rpc_server, run
+from edge_csp.cli import bench, chat, demo, info, plan, rpc_server, run
 from edge_csp.errors import EdgeCspError
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ for module, name in (
     (rpc_server, "rpc-server"),
 ):
     app.command(name, help=module.command.__doc__)(module.command)
+app.add_typer(bench.app, name="bench")
 
 
 @app.callback()

@@ -39,12 +39,13 @@ def test_docs_are_up_to_date() -> None:
     assert written == write_cli_docs.text(), "run python tools/write_cli_docs.py"
 
 
-@pytest.mark.parametrize("command", [[], ["chat"], ["run"], ["demo"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["chat"], ["run"], ["demo"], ["info"], ["bench", "speed"]])
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--help"]) == 0
     shown = capsys.readouterr().out
     assert "Usage:" in shown
-    assert all(f"--{word}" in shown for word in (["help"] if command in ([], ["info"]) else ["budget", "ctx-size"]))
+    words = {(): ["help"], ("info",): ["help"], ("bench", "speed"): ["budget", "cells", "upstream-python"]}
+    assert all(f"--{word}" in shown for word in words.get(tuple(command), ["budget", "ctx-size"]))
 
 
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
