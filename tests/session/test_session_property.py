@@ -157,4 +157,4 @@ def test_conversations(context: Watched) -> None:
     run_state_machine_as_test(lambda: Conversations(context, done), settings=profile)
     print(dict(done))
     assert done["example"] >= profile.max_examples
-    assert all(done[name] >= profile.max_examples / 20 for name in COMMON), done
+    assert all(done[name] > 0 for name in COMMON), done
