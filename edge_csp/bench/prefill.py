@@ -12,7 +12,6 @@ from edge_csp.bench.process import RemoteCache, Workers
 from edge_csp.bench.runtime import N_UBATCH, SETTINGS, Setting
 from edge_csp.errors import BenchError, BudgetError
 
-
 SAY_EVERY = 2048
 """Tokens after which a word is said: a long prompt takes long."""
 
