@@ -12,6 +12,9 @@ from edge_csp.bench.process import RemoteCache, Workers
 from edge_csp.bench.runtime import N_UBATCH, SETTINGS, Setting
 from edge_csp.errors import BenchError, BudgetError
 
+SAY_EVERY = 2048
+"""Tokens after which a word is said: a long prompt takes long."""
+
 
 @dataclass(frozen=True)
 class Prefill:
@@ -60,14 +63,16 @@ def measure_prefill(
     best = min(looked_at, key=lambda setting: looked_at[setting].median)
     totals: list[tuple[float, float, float]] = []
     for _ in range(n_repeat):
-        unbounded, bounded, evicting = _run(workers, best, n_token, cells)
+        unbounded, bounded, evicting = _run(workers, best, n_token, cells, say)
         totals.append((sum(unbounded), sum(bounded), evicting))
     whole, held, evicted = (Times(tuple(column)) for column in zip(*totals, strict=True))
     looked = {str(setting): times for setting, times in looked_at.items()}
     return Prefill(n_token, cells, str(best), looked, whole, held, evicted, tuple(unbounded), tuple(bounded))
 
 
-def _run(workers: Workers, setting: Setting, n_token: int, cells: int) -> tuple[list[float], list[float], float]:
+def _run(
+    workers: Workers, setting: Setting, n_token: int, cells: int, say: Callable[[str], None]
+) -> tuple[list[float], list[float], float]:
     """Milliseconds per batch unbounded and bounded, and of all evictions."""
     large = RemoteCache(workers.plain, n_token, setting)
     small = RemoteCache(workers.ours, cells, Setting(), records=True, cells=cells)
@@ -79,6 +84,8 @@ def _run(workers: Workers, setting: Setting, n_token: int, cells: int) -> tuple[
             ms, evict_ms = fill_bounded(small, n)
             bounded.append(ms + evict_ms)
             evicting += evict_ms
+            if (begin + n) % SAY_EVERY == 0:
+                say(f"{begin + n} of {n_token} tokens read; ms of the last {n}: {unbounded[-1]:.0f}, {bounded[-1]:.0f}")
     finally:
         large.close()
         small.close()
