@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
@@ -49,6 +50,8 @@ class NumpyLlama:
         self.rope_base = float(setting("rope.freq_base", 10000.0))
         self.rope_sections = [int(n) for n in setting("rope.dimension_sections", [])]
         self.half_precision = {t.name for t in reader.tensors if t.tensor_type == gguf.GGMLQuantizationType.F16}
+        if b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
+            self.half_precision = set()  # those kernels do not round activations
         self.weights: dict[str, Array] = {
             t.name: gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32) for t in reader.tensors
         }
