@@ -80,6 +80,8 @@ class RpcTap:
                 client, _ = self._listener.accept()
                 host, port = self._server.split(":")
                 server = socket.create_connection((host, int(port)))
+                for connection in (client, server):  # small messages go at once
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 threading.Thread(target=self._relay_requests, args=(client, server), daemon=True).start()
                 threading.Thread(target=_relay, args=(server, client), daemon=True).start()
 
@@ -92,8 +94,7 @@ class RpcTap:
                 data = _receive(client, size)
                 if command == GRAPH_COMPUTE:
                     self._nodes += parse_graph(data)
-                server.sendall(head)
-                server.sendall(data)
+                server.sendall(head + data)
         _hang_up(client, server)
 
 
