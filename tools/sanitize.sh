@@ -60,6 +60,7 @@ export ASAN_OPTIONS=$options:detect_leaks=1:detect_stack_use_after_return=1:stri
 export LSAN_OPTIONS=exitcode=0 # Python leaks objects when it ends, the tools that tests start as well: see below
 export UBSAN_OPTIONS=$options
 export TSAN_OPTIONS=$options:exitcode=0:second_deadlock_stack=1
+export OPENBLAS_NUM_THREADS=1 # numpy's threads are not instrumented: each of them looks like a race
 export PYTHONPATH=$build/python:$root
 export PYTHONMALLOC=malloc # none of Python's pools, in which an overflow goes unseen
 

@@ -19,14 +19,14 @@
 namespace {
 
 // env: LLAMA_CSP_SCORES, to test every way on one machine
-enum class score_way { AUTOMATIC, GRAPH, GRAPH_TRANSPOSE };
+enum class score_way { AUTOMATIC, GRAPH, GRAPH_PORTABLE };
 
 score_way wanted_way() {
     const char * value = getenv("LLAMA_CSP_SCORES");
     if (value == nullptr) {
         return score_way::AUTOMATIC;
     }
-    return std::string(value) == "graph-transpose" ? score_way::GRAPH_TRANSPOSE : score_way::GRAPH;
+    return std::string(value) == "graph-portable" ? score_way::GRAPH_PORTABLE : score_way::GRAPH;
 }
 
 // The queries that vote: the last n_obs that still have a cell. Rows of the ring.
@@ -103,6 +103,11 @@ int64_t padded_cells(const llama_csp_stream & stream) {
     return std::min<int64_t>(GGML_PAD(stream.n_cell(), 64), stream.cell_tag.size());
 }
 
+// ggml-rpc claims that its servers support everything, whatever they are.
+bool is_rpc(ggml_backend_t backend) {
+    return std::string(ggml_backend_reg_name(ggml_backend_dev_backend_reg(ggml_backend_get_device(backend)))) == "RPC";
+}
+
 struct score_graph {
     ggml_context_ptr ctx;
     ggml_cgraph *    graph = nullptr;
@@ -118,7 +123,9 @@ score_graph build_score_graph(const llama_csp &        csp,
                               ggml_backend_t           backend,
                               bool                     use_sinks,
                               score_way                way) {
-    constexpr size_t max_nodes = 32;
+    constexpr size_t max_nodes   = 32;
+    const bool       is_portable = way == score_way::GRAPH_PORTABLE;
+    const bool       is_unknown  = way == score_way::AUTOMATIC && is_rpc(backend);
 
     score_graph g;
     g.ctx.reset(ggml_init({ max_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(max_nodes, false), nullptr,
@@ -143,8 +150,12 @@ score_graph build_score_graph(const llama_csp &        csp,
     };
 
     // the attention rows of the window, [n_pad, n_window, n_head], by the operations that attention itself uses
-    ggml_tensor * p =
-        ggml_mul_mat(ctx, heads_of(layer.k, n_pad, csp.n_head_kv), heads_of(layer.ring, csp.n_window, csp.n_head));
+    ggml_tensor * k = heads_of(layer.k, n_pad, csp.n_head_kv);
+    ggml_tensor * q = heads_of(layer.ring, csp.n_window, csp.n_head);
+    ggml_tensor * p = ggml_mul_mat(ctx, k, q);
+    if (ggml_is_quantized(k->type) && (is_portable || !ggml_backend_supports_op(backend, p))) { // Vulkan
+        p = ggml_mul_mat(ctx, ggml_cast(ctx, k, GGML_TYPE_F32), q);
+    }
     ggml_prec_set_acc(p, GGML_PREC_F32);
     g.mask = new_input(n_pad, csp.n_window, 1);
     p      = ggml_soft_max_ext(ctx, p, g.mask, layer.kq_scale, 0.0f);
@@ -157,7 +168,7 @@ score_graph build_score_graph(const llama_csp &        csp,
     p       = ggml_reshape_3d(ctx, p, n_pad, n_vote, csp.n_head_kv);
     g.votes = new_input(csp.n_modality, n_vote, csp.n_head_kv);
     g.out   = ggml_out_prod(ctx, p, g.votes);
-    if (!ggml_backend_supports_op(backend, g.out) || way == score_way::GRAPH_TRANSPOSE) { // Metal
+    if (is_portable || is_unknown || !ggml_backend_supports_op(backend, g.out)) { // Metal
         g.votes = new_input(n_vote, csp.n_modality, csp.n_head_kv);
         g.out   = ggml_mul_mat(ctx, ggml_cont(ctx, ggml_transpose(ctx, p)), g.votes);
     }

@@ -75,26 +75,33 @@ class RpcTap:
         self._listener.close()
 
     def _accept(self) -> None:
+        host, port = self._server.split(":")
         with suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
-                host, port = self._server.split(":")
                 server = socket.create_connection((host, int(port)))
-                threading.Thread(target=self._relay_requests, args=(client, server), daemon=True).start()
-                threading.Thread(target=_relay, args=(server, client), daemon=True).start()
+                threading.Thread(target=self._relay, args=(client, server), daemon=True).start()
+
+    def _relay(self, client: socket.socket, server: socket.socket) -> None:
+        with client, server:  # closed here, when neither thread uses them any more
+            for connection in (client, server):  # small messages go at once
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            answers = threading.Thread(target=_copy, args=(server, client), daemon=True)
+            answers.start()
+            with suppress(OSError, EOFError):
+                self._relay_requests(client, server)
+            _hang_up(client, server)
+            answers.join()
 
     def _relay_requests(self, client: socket.socket, server: socket.socket) -> None:
         """| command (1 byte) | size (8 bytes) | data |"""
-        with suppress(OSError, EOFError):
-            while True:
-                head = _receive(client, 9)
-                command, size = struct.unpack("<BQ", head)
-                data = _receive(client, size)
-                if command == GRAPH_COMPUTE:
-                    self._nodes += parse_graph(data)
-                server.sendall(head)
-                server.sendall(data)
-        _hang_up(client, server)
+        while True:
+            head = _receive(client, 9)
+            command, size = struct.unpack("<BQ", head)
+            data = _receive(client, size)
+            if command == GRAPH_COMPUTE:
+                self._nodes += parse_graph(data)
+            server.sendall(head + data)
 
 
 def parse_graph(data: bytes) -> list[Node]:
@@ -124,7 +131,7 @@ def _receive(source: socket.socket, size: int) -> bytes:
     return bytes(data)
 
 
-def _relay(source: socket.socket, target: socket.socket) -> None:
+def _copy(source: socket.socket, target: socket.socket) -> None:
     with suppress(OSError):
         while part := source.recv(1 << 20):
             target.sendall(part)
@@ -132,10 +139,9 @@ def _relay(source: socket.socket, target: socket.socket) -> None:
 
 
 def _hang_up(*connections: socket.socket) -> None:
-    for connection in connections:  # close() alone says nothing while the other thread still receives
+    for connection in connections:
         with suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)
-        connection.close()
 
 
 @contextmanager

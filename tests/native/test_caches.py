@@ -114,7 +114,7 @@ def test_scores_are_the_attention_of_the_graph(kind: Kind, device: Open, n: floa
     assert not scores[:, :, 1:].any()
 
 
-@pytest.mark.parametrize("way", ["graph", "graph-transpose"])
+@pytest.mark.parametrize("way", ["graph", "graph-portable"])
 def test_all_ways_to_score(kind: Kind, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with Runtime(kind.path, type_k="f16", type_v="f16") as runtime:
         csp = Csp.attach(runtime.ctx)

@@ -62,7 +62,7 @@ def test_scores_by_modality(model: Path, device: Open) -> None:
 @pytest.mark.parametrize("head_dim", [32, 48, 128])
 @pytest.mark.parametrize("cache", DTYPE)
 def test_all_ways_to_score(tmp_path: Path, cache: str, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel for host memory, the graph of other backends, and the graph for backends without OUT_PROD (Metal)."""
+    """The kernel for host memory, the graph of other backends, and the graph of operations that all backends have."""
     model = make_model(tmp_path / "model.gguf", "llama", n_head=6, head_dim=head_dim)
     with Runtime(model, n_ctx=512, n_ubatch=512, type_k=cache, type_v=cache) as runtime:
         csp = Csp.attach(runtime.ctx, n_window=50)  # with three heads in a group: five blocks of queries
@@ -71,7 +71,7 @@ def test_all_ways_to_score(tmp_path: Path, cache: str, head_dim: int, monkeypatc
         csp.set_modality(0)
         runtime.decode(np.arange(20))
         scores = csp.scores(40, 0.5)
-        for way in ("graph", "graph-transpose"):
+        for way in ("graph", "graph-portable"):
             monkeypatch.setenv("LLAMA_CSP_SCORES", way)
             assert relative_error(csp.scores(40, 0.5), scores) <= 1e-6
         csp.close()
