@@ -151,6 +151,7 @@ class VisionModel:
             raise stopped[0]
         if not self._llama:
             raise ModelError(f"{self.info.path} cannot be loaded: {native.last_log_error()}")
+        native.use_huge_pages(self._llama)
         self._vocab = llama_cpp.llama_model_get_vocab(self._llama)
 
         if self.mmproj_info is not None:

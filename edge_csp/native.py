@@ -92,6 +92,7 @@ PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "llama_csp_state_get_data": (ctypes.c_size_t, [_csp_p, _seq_id, _u8_p, ctypes.c_size_t]),
     "llama_csp_state_set_data": (ctypes.c_int32, [_csp_p, _seq_id, _u8_p, ctypes.c_size_t]),
     "llama_csp_get_memory": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(MemoryInfo)]),
+    "llama_csp_use_huge_pages": (ctypes.c_int32, [ctypes.c_void_p]),
     "llama_csp_is_plain": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_char_p]),
 }
 
@@ -156,6 +157,11 @@ def memory(context: Any) -> MemoryInfo:
     info = MemoryInfo()
     _check(_call("llama_csp_get_memory", context, ctypes.byref(info)))
     return info
+
+
+def use_huge_pages(model: Any) -> None:
+    """Move weights that are not mapped from the file to huge pages, where the system has them."""
+    _check(_call("llama_csp_use_huge_pages", model))
 
 
 def is_plain(model: Any, tensor: str) -> bool:

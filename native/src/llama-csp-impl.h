@@ -91,7 +91,8 @@ struct llama_csp {
 
     void attach(llama_csp * csp); // this, or null
     void drop_graphs();           // the next decode builds new ones
-    void finish_copies();         // between streams: llama_memory_seq_cp leaves them to the next decode
+    void use_huge_pages() const;
+    void finish_copies(); // between streams: llama_memory_seq_cp leaves them to the next decode
 
     // waits for pending work; n_thread is set on every backend
     void           synchronize() const;

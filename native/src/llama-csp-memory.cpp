@@ -1,11 +1,82 @@
-// llama-csp-memory.cpp - where the memory of a context goes, as its allocators count it.
+// llama-csp-memory.cpp - where the memory of a context goes, as its allocators count it; and huge pages for the cache.
 
 #include "llama-csp-hooks.h"
 #include "llama-csp-impl.h"
+#include "llama-context.h"
 #include "llama-ext.h"
+#include "llama-kv-cache.h"
 #include "llama-model.h"
 
+#include <algorithm>
+#include <cstring>
 #include <exception>
+#include <set>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
+#endif
+#endif
+
+namespace {
+
+// Huge pages for a buffer in host memory. Where it holds zeros only, its pages are given back and come anew when they are
+// written; else they are moved.
+void use_huge_pages(ggml_backend_buffer_t buf, bool is_zero) {
+#ifdef __linux__
+    const uintptr_t page  = sysconf(_SC_PAGESIZE);
+    const uintptr_t base  = (uintptr_t) ggml_backend_buffer_get_base(buf);
+    const uintptr_t begin = (base + page - 1) / page * page;
+    const uintptr_t end   = (base + ggml_backend_buffer_get_size(buf)) / page * page;
+    if (begin < end && madvise((void *) begin, end - begin, MADV_HUGEPAGE) == 0) {
+        madvise((void *) begin, end - begin, is_zero ? MADV_DONTNEED : MADV_COLLAPSE);
+    }
+#else
+    (void) buf;
+    (void) is_zero;
+#endif
+}
+
+// In memory of its own on the CPU: not on a device, not in the file.
+bool is_allocated(ggml_backend_buffer_t buf) {
+    auto *             buft = ggml_backend_buffer_get_type(buf);
+    ggml_backend_dev_t dev  = ggml_backend_buft_get_device(buft);
+    return (dev == nullptr || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU) &&
+           strcmp(ggml_backend_buft_name(buft), "CPU_Mapped") != 0;
+}
+
+} // namespace
+
+// The rows of a head, and those of a transposed V, lie kilobytes apart: with small pages each of them misses the TLB.
+void llama_csp::use_huge_pages() const {
+    const bool is_empty = std::all_of(streams.begin(), streams.end(),
+                                      [](const llama_csp_stream & stream) { return stream.n_cell() == 0; });
+
+    ctx->synchronize();
+    for (const auto & [_, buf] : kv->ctxs_bufs) {
+        if (ggml_backend_buffer_get_type(buf.get()) == ggml_backend_cpu_buffer_type()) {
+            ::use_huge_pages(buf.get(), is_empty); // upstream fills an empty cache with zeros
+        }
+    }
+}
+
+int32_t llama_csp_use_huge_pages(const llama_model * model) {
+    if (model == nullptr) {
+        return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "model is NULL");
+    }
+    std::set<ggml_backend_buffer_t> bufs;
+    for (const auto & [_, tensor] : model->tensors_by_name) {
+        if (tensor->buffer != nullptr && is_allocated(tensor->buffer)) {
+            bufs.insert(tensor->buffer);
+        }
+    }
+    for (auto * buf : bufs) {
+        use_huge_pages(buf, /*is_zero =*/false);
+    }
+    return LLAMA_CSP_OK;
+}
 
 int32_t llama_csp_get_memory(const llama_context * ctx, llama_csp_memory_info * info) {
     if (ctx == nullptr || info == nullptr) {

@@ -206,6 +206,7 @@ llama_csp::llama_csp(llama_context * ctx, llama_kv_cache * kv, llama_csp_params 
         bufs.push_back(std::move(buf));
     }
 
+    use_huge_pages();
     attach(this);
 }
 
