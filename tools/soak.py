@@ -1,26 +1,36 @@
-"""Long conversations of the embedded model in a small cache: memory, evictions, and whether the newest is still known.
+"""Conversations of the embedded model: long ones in a small cache, and clients that send everything again.
 
     python -m tools.soak album [--pictures 100] [--cells 1024]
     python -m tools.soak chat [--turns 1000] [--cells 512]
+    python -m tools.soak resend [--pictures 8] [--repeat 5]
 
 `album` reads one prompt with all pictures, the last four of them with names, and asks about these four; it does so with
 several shuffles, in the bounded cache and in one that holds everything. The answers expected are those that the model
-gives about each picture alone. `chat` asks in turn after turn, with a new picture in every tenth.
+gives about each picture alone. `chat` asks in turn after turn, with a new picture in every tenth. `resend` sends messages of
+the OpenAI API, all of them again in the second turn, and takes the time to the first token from JSON on; nothing is known
+of the pictures before the first turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import json
 import random
+import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from edge_csp import Context, Picture, Pruning, Sampling, Session, VisionModel, load_picture
+from edge_csp import Context, Picture, Pruning, Sampling, Session, VisionModel, load_picture, open_session
+from edge_csp.chat import PictureReader, read_messages
 from edge_csp.cli.options import DEMO, demo_files
+from edge_csp.session import Counters
 
 GREEDY = Sampling(temperature=0)
 NAMES = ("Max", "Ida", "Jon", "Lou", "Meg", "Ray", "Eve", "Pam", "Bob", "Kim", "Ann", "Zed")
 N_NEWEST = 4
+RESEND_COUNTERS = ("n_encoded", "n_picture_cell", "n_text_cell", "n_restart")
 
 
 def rss() -> float:
@@ -91,6 +101,39 @@ def chat(model: VisionModel, n_turn: int, n_cell: int) -> None:
                 )
 
 
+def resend(n_picture: int, n_repeat: int) -> None:
+    paths = sorted((DEMO / "album").glob("*.png"))[:n_picture]
+    urls = ["data:image/png;base64," + base64.b64encode(path.read_bytes()).decode() for path in paths]
+    album = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    first = [{"role": "user", "content": [*album, {"type": "text", "text": "What is in picture 2?"}]}]
+    for budget in ("100%", "20%"):
+        seconds: list[list[float]] = [[], []]
+        for _ in range(n_repeat):
+            with open_session(*demo_files(), budget=budget, n_threads=1, sampling=GREEDY) as session:
+                pictures, messages, before = PictureReader(), list(first), Counters()
+                for turn in range(2):
+                    body, begin = json.dumps(messages), time.perf_counter()
+                    session.prefill(read_messages(json.loads(body), pictures))
+                    session.prune()
+                    stream = session.generate(n_predict=16)
+                    answer = next(stream)
+                    seconds[turn].append(time.perf_counter() - begin)
+                    answer += "".join(stream)
+                    messages += [
+                        {"role": "assistant", "content": answer},
+                        {"role": "user", "content": "And in picture 7?"},
+                    ]
+                    done = session.counters
+                    took = [getattr(done, name) - getattr(before, name) for name in RESEND_COUNTERS]
+                    before = replace(done)
+        words = ", ".join(f"{name} {n}" for name, n in zip(RESEND_COUNTERS, took, strict=True))
+        one, two = (statistics.median(times) for times in seconds)
+        print(
+            f"{budget}: first token after {1000 * one:.1f} ms, in the second turn {1000 * two:.2f} ms "
+            f"({100 * two / one:.1f} %; {1000 * min(seconds[1]):.2f} .. {1000 * max(seconds[1]):.2f}); it took {words}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -101,7 +144,13 @@ def main() -> None:
     of_chat = commands.add_parser("chat")
     of_chat.add_argument("--turns", type=int, default=1000)
     of_chat.add_argument("--cells", type=int, default=512)
+    of_resend = commands.add_parser("resend")
+    of_resend.add_argument("--pictures", type=int, default=8)
+    of_resend.add_argument("--repeat", type=int, default=5)
     options = parser.parse_args()
+    if options.command == "resend":
+        resend(options.pictures, options.repeat)
+        return
     with VisionModel(*demo_files(), n_threads=1) as model:
         if options.command == "album":
             album(model, options.pictures, options.cells, options.shuffles)
