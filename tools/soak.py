@@ -6,9 +6,9 @@
 
 `album` reads one prompt with all pictures, the last four of them with names, and asks about these four; it does so with
 several shuffles, in the bounded cache and in one that holds everything. The answers expected are those that the model
-gives about each picture alone. `chat` asks in turn after turn, with a new picture in every tenth. `resend` sends messages of
-the OpenAI API, all of them again in the second turn, and takes the time to the first token from JSON on; nothing is known
-of the pictures before the first turn.
+gives about each picture alone. `chat` asks in turn after turn, with a new picture in every tenth. `resend` sends
+messages of the OpenAI API, all of them again in the second turn, and takes the time to the first token from JSON on;
+nothing is known of the pictures before the first turn.
 """
 
 from __future__ import annotations
