@@ -73,7 +73,7 @@ def _prompt(given: str | None) -> str:
 
 def _ask(session: Session, text: str, pictures: list[Picture], n_predict: int, *, stream: bool) -> dict[str, Any]:
     """Ask and, if wanted, print the answer as it comes; returns the JSON object."""
-    from edge_csp.cli.render import kept_line, say, times_dict, use_dict, write
+    from edge_csp.cli.render import cache_line, kept_line, say, times_dict, use_dict, write
 
     answer, use = "", None
     for piece in session.ask(text, pictures, n_predict=n_predict):
@@ -92,6 +92,7 @@ def _ask(session: Session, text: str, pictures: list[Picture], n_predict: int, *
         **use_dict(use or session.cache_use()),
         "budget": str(pruning.budget) if pruning.budget else None,
         "cells_max": session.n_cell_max,
+        "cache": cache_line(session),
         "evicted": session.counters.n_evicted,
         "times": times_dict(session.counters),
         "model": str(session.model.info.path),
