@@ -164,8 +164,10 @@ def make_plan(
 
         measure = _Measure(model, n_window, settings)
         n_kept = n_cell if measure.refused else budget.cells(n_cell, measure.bytes_per_cell)
-        whole = measure(n_ctx or n_cell)
-        bounded = measure(_bounded_cells(cells, n_cell, n_kept, measure.bytes_per_cell))
+        n_bound = _bounded_cells(cells, n_cell, n_kept, measure.bytes_per_cell)
+        if cells and not measure.refused:
+            n_kept = min(n_kept, n_bound)
+        whole, bounded = measure(n_ctx or n_cell), measure(n_bound)
         memory = measure.memory
         plan = Plan(
             model=model.info.path,

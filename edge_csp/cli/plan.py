@@ -36,9 +36,13 @@ class ConversationOptions:
         ),
     ] = None
     budget: Annotated[
-        str,
-        _conversation("--budget", metavar="SIZE", help="What stays of the KV cache: 20%, 512 (cells) or 64MiB."),
-    ] = DEFAULT_BUDGET
+        str | None,
+        _conversation(
+            "--budget",
+            metavar="SIZE",
+            help="What stays of the KV cache: 20%, 512 (cells) or 64MiB [default: 50%, with --cells all that fits].",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def command(
     from edge_csp.cli.render import say, stdout
     from edge_csp.plan import make_plan
 
-    budget = parse_budget(conversation.budget)
+    budget = parse_budget(conversation.budget or context.cells or DEFAULT_BUDGET)
     cells = parse_budget(context.cells) if context.cells else None
     size = parse_size(conversation.image_size) if conversation.image_size else None
     settings = context.settings()

@@ -27,7 +27,7 @@ def test_tables(cli: Cli) -> None:
 def test_json_adds_up(cli: Cli) -> None:
     options = ["--images", 3, "--text-tokens", 100, "-b", 128, "-ctk", "q8_0", "--cells", 200, "--no-mmap"]
     plan = json.loads(cli("plan", "-m", "demo", *options, "--json").stdout)
-    assert (plan["n_cell"], plan["n_kept"], plan["mapped"]) == (3 * 64 + 100, 146, False)
+    assert (plan["n_cell"], plan["n_kept"], plan["mapped"]) == (3 * 64 + 100, 200, False)
     assert plan["bytes_per_cell"] == 4 * 2 * (34 + 64)  # layers, KV heads, K and V of a head
     assert (plan["bounded"]["n_cell"], plan["bounded"]["n_ctx"]) == (200, 256)
     assert plan["whole"]["kv"] == 512 * plan["bytes_per_cell"]
