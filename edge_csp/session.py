@@ -12,12 +12,11 @@ answer: a conversation of any length goes on. Pinned messages and pictures stay.
 from __future__ import annotations
 
 import codecs
-import functools
 import itertools
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ from edge_csp.context import CELL_PAD, Context, bytes_per_cell
 from edge_csp.embeddings import EmbeddingCache
 from edge_csp.errors import ContextError, NativeError, TemplateError
 from edge_csp.images import Picture
-from edge_csp.model import Part, PicturePart, Progress, TokenPart, VisionModel
+from edge_csp.items import Item, PromptEnd, common_length, common_text, items_of, n_pictures, token_item
+from edge_csp.model import PicturePart, Progress, VisionModel
 from edge_csp.policy import Policy, make_policy
 from edge_csp.pruning import Pruner, Pruning, Span
 from edge_csp.sampling import Sampler, Sampling
@@ -89,43 +89,6 @@ class CacheUse:
 
 
 @dataclass(frozen=True)
-class _Item:
-    """Something to evaluate, or evaluated: a token, or the cells of a part of a picture.
-
-    Items with the same key have the same cells. part: until it is evaluated; it holds the pixels.
-    """
-
-    key: int | tuple[str, int]  # token, or hash of the picture and number of its part
-    n_cell: int = 1
-    n_pos: int = 1
-    name: str = field(default="", compare=False)
-    part: PicturePart | None = field(default=None, compare=False)
-
-    @property
-    def is_picture(self) -> bool:
-        return isinstance(self.key, tuple)
-
-    @property
-    def is_new_picture(self) -> bool:
-        """True for the first part of a picture."""
-        return isinstance(self.key, tuple) and self.key[1] == 0
-
-
-@functools.cache  # long conversations are lists of few different tokens
-def _token_item(token: int) -> _Item:
-    return _Item(token)
-
-
-@dataclass(frozen=True)
-class _PromptEnd:
-    """The end of a prompt, where an answer begins: items, characters and pictures before it."""
-
-    n_item: int
-    n_char: int
-    n_picture: int
-
-
-@dataclass(frozen=True)
 class _Pins:
     """What stays in the cache. pictures: their numbers, from 1. spans: positions."""
 
@@ -171,9 +134,9 @@ class Session:
         self._on_progress = on_progress
         self._on_notice = on_notice
         self._told_trained = False
-        self._items: list[_Item] = []  # what the cache holds, pruned or not
+        self._items: list[Item] = []  # what the cache holds, pruned or not
         self._text = ""  # the prompt text that became _items
-        self._prompts: list[_PromptEnd] = []  # where the prompts of the turns end in both
+        self._prompts: list[PromptEnd] = []  # where the prompts of the turns end in both
         self._ends: dict[int, int] = {}  # number of messages -> items that they take
         self._pins = _Pins()
 
@@ -230,7 +193,7 @@ class Session:
         text = self.template.render(messages, add_generation_prompt)
         items = self._plan(text, messages)
         self._check_trained(sum(item.n_pos for item in items))
-        n_same = _common_length(self._items, items)
+        n_same = common_length(self._items, items)
         if n_same == len(items):
             n_same -= 1  # the logits of the last token are needed
         n_past = sum(item.n_pos for item in items[:n_same])
@@ -244,7 +207,7 @@ class Session:
             self.counters.n_restart += 1
             n_same = 0
         del self._items[n_same:]
-        n_char = _common_text(self._text, text)
+        n_char = common_text(self._text, text)
         prompts = [end for end in self._prompts if end.n_item <= n_same and end.n_char <= n_char]
         self._text, self._prompts = "", []  # until everything is evaluated
         self._ends = {n: end for n, end in self._ends.items() if end <= n_same} | {len(messages): len(items)}
@@ -253,7 +216,7 @@ class Session:
         self._evaluate(items[n_same:])
         self._tell_evictions("reading", n_eviction, n_evicted)
         self._text = text
-        self._prompts = [*prompts, _PromptEnd(len(items), len(text), _n_pictures(items))]
+        self._prompts = [*prompts, PromptEnd(len(items), len(text), n_pictures(items))]
 
     def _check_fit(self, n_cell: int, n_new: int) -> None:
         if not self._pruner.is_bounded and n_cell >= self.context.n_ctx:  # one cell stays free for the answer
@@ -321,7 +284,7 @@ class Session:
         if not n_found:
             raise ContextError(f"there is no turn {number}: the conversation has {turn}")
 
-    def _find_pins(self, messages: Sequence[Message], items: Sequence[_Item]) -> _Pins:
+    def _find_pins(self, messages: Sequence[Message], items: Sequence[Item]) -> _Pins:
         """Positions of what is pinned in the items of a prompt."""
         pictures: set[int] = set()
         n_picture = 0
@@ -344,14 +307,14 @@ class Session:
                     spans.append((i, i + 1))
         return _Pins(frozenset(pictures), tuple((positions[begin], positions[end]) for begin, end in spans))
 
-    def _end_of(self, messages: Sequence[Message], items: Sequence[_Item]) -> int:
+    def _end_of(self, messages: Sequence[Message], items: Sequence[Item]) -> int:
         """Items that the first messages take of the items of a longer prompt."""
         if not messages or len(messages) in self._ends:
             return self._ends.get(len(messages), 0)
         first = self._plan(self.template.render(messages, False), messages)
-        return _common_length(first, items)
+        return common_length(first, items)
 
-    def _plan(self, text: str, messages: Sequence[Message]) -> list[_Item]:
+    def _plan(self, text: str, messages: Sequence[Message]) -> list[Item]:
         """Items of the whole prompt; only what the cache does not hold is tokenised, if the text goes on from there.
 
         Text from an evaluated answer is not tokenised again, if that would change tokens before the answer: the model
@@ -359,25 +322,25 @@ class Session:
         """
         pictures = [part["picture"] for message in messages for part in _parts(message) if part["type"] == "image"]
         known = [item.key[0] for item in self._items if isinstance(item.key, tuple) and item.key[1] == 0]
-        n_char = _common_text(self._text, text)
-        n_picture = _common_length(known, [picture.sha256 for picture in pictures])
+        n_char = common_text(self._text, text)
+        n_picture = common_length(known, [picture.sha256 for picture in pictures])
         left = self._text[n_char:]
         if self._text and text != self._text and n_picture == len(known) and (not left or left.isspace()):
-            items = _items(self.model.tokenize(text[n_char:], pictures[n_picture:]))
+            items = items_of(self.model.tokenize(text[n_char:], pictures[n_picture:]))
             if not left or (items and isinstance(items[0].key, int) and self.model.is_end(items[0].key)):
                 return self._items + items  # blanks at the end of the answer were trimmed: they may stay
         bos = self.template.bos_token
         add_special = not (bos and text.startswith(bos))
-        whole = _items(self.model.tokenize(text, pictures, add_special=add_special))
+        whole = items_of(self.model.tokenize(text, pictures, add_special=add_special))
         for end in reversed(self._prompts):
             if end.n_char <= n_char and end.n_picture <= n_picture:
-                if _common_length(self._items, whole) >= end.n_item:
+                if common_length(self._items, whole) >= end.n_item:
                     break
                 rest = self.model.tokenize(text[end.n_char :], pictures[end.n_picture :])
-                return self._items[: end.n_item] + _items(rest)
+                return self._items[: end.n_item] + items_of(rest)
         return whole
 
-    def _evaluate(self, items: Sequence[_Item]) -> None:
+    def _evaluate(self, items: Sequence[Item]) -> None:
         """Evaluate items one batch after the other; `_items` follows, so that an interrupt loses nothing."""
         n_done, n_all = 0, sum(item.n_cell for item in items)
         i = 0
@@ -497,7 +460,7 @@ class Session:
     def _decode_answer(self, token: int, piece: str) -> None:
         started = time.perf_counter()
         self.context.decode_tokens([token])
-        self._items.append(_token_item(token))
+        self._items.append(token_item(token))
         self._text += piece
         self.counters.decode_s += time.perf_counter() - started
         self.counters.n_generated += 1
@@ -634,7 +597,7 @@ def bounded_cells(bound: Budget, model: VisionModel, prompt: Sequence[Message], 
         info = model.info
         text = ChatTemplate(info.chat_template, info.bos_token, info.eos_token).render(prompt)
         pictures = [part["picture"] for message in prompt for part in _parts(message) if part["type"] == "image"]
-        n_prompt = sum(item.n_cell for item in _items(model.tokenize(text, pictures)))
+        n_prompt = sum(item.n_cell for item in items_of(model.tokenize(text, pictures)))
     types = {name: context[name] for name in ("type_k", "type_v") if name in context}
     n_cell = bound.cells(n_prompt if bound.kind == "ratio" else 2**31 - 1, bytes_per_cell(model.info, **types))
     if bound.kind == "bytes":
@@ -644,43 +607,7 @@ def bounded_cells(bound: Budget, model: VisionModel, prompt: Sequence[Message], 
     return n_cell
 
 
-def _items(parts: Sequence[Part]) -> list[_Item]:
-    items: list[_Item] = []
-    for part in parts:
-        if isinstance(part, TokenPart):
-            items.extend(map(_token_item, part.tokens))
-        else:
-            items.append(_Item((part.sha256, part.index), part.n_cell, part.n_pos, part.name, part))
-    return items
-
-
 def _parts(message: Message) -> Sequence[dict[str, Any]]:
     """Parts of a message; none where its content is text."""
     content: str | Sequence[dict[str, Any]] = message["content"]
     return () if isinstance(content, str) else content
-
-
-def _n_pictures(items: Sequence[_Item]) -> int:
-    """Pictures among the items; the parts of one picture count once."""
-    return sum(item.is_new_picture for item in items)
-
-
-def _common_length(a: Sequence[object], b: Sequence[object]) -> int:
-    n = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        n += 1
-    return n
-
-
-def _common_text(a: str, b: str) -> int:
-    """Characters that both texts begin with; comparing slices takes a hundredth of the time of a loop."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

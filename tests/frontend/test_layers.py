@@ -16,9 +16,10 @@ MAY_IMPORT = {leaf: {"errors"} for leaf in LEAVES} | {
     "chat": {"errors", "images"},
     "context": {"native", "model", "metadata", "policy", "budget", "errors"},
     "sampling": {"native", "model", "errors"},
+    "items": {"model"},
     "pruning": {"context", "policy", "budget", "errors"},
     "plan": {"native", "budget", "images", "metadata", "model", "context", "session", "errors"},
-    "session": LEAVES | {"context", "sampling", "pruning", "errors"},
+    "session": LEAVES | {"context", "sampling", "pruning", "items", "errors"},
 }
 
 
