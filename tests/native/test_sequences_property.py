@@ -462,11 +462,18 @@ def test_sequences(bench: Bench, request: pytest.FixtureRequest) -> None:
     run_state_machine_as_test(machine, settings=profile)
     print(f"{request.node.name}: {dict(bench.done)}, largest error {bench.worst:.2f} of what is tolerated")
     assert bench.done["example"] >= profile.max_examples
-    assert all(bench.done[name] > 0 for name in COMMON), bench.done
+    _done[request.node.name] = bench.done
 
 
-def test_enough_examples() -> None:
+_done: dict[str, Counter[str]] = {}
+
+
+def test_enough_examples_of_everything() -> None:
+    """Which examples there are depends on hypothesis, so what is rare need not happen in every case."""
     assert len(CASES) * n_examples() >= 500
+    if len(_done) == len(CASES):
+        steps = sum(_done.values(), Counter())
+        assert all(steps[name] > 0 for name in COMMON), steps
 
 
 @pytest.mark.xfail(reason="llama_kv_cache::prepare() restores the head of stream 1 from that of stream 0", strict=True)
