@@ -164,8 +164,8 @@ struct llama_csp_memory_info {
 LLAMA_API int32_t llama_csp_get_memory(const struct llama_context * ctx, struct llama_csp_memory_info * info);
 
 // On Linux weights in memory of their own (repacked, or read without mmap) move to huge pages: a decode step reads all of them,
-// and on CPUs takes up to a tenth less. Needs no llama_csp; moving takes about half a second per GB. Elsewhere and where the
-// system has none nothing happens. Caches get them in llama_csp_init().
+// and takes less time so on CPUs. Needs no llama_csp; the weights are copied once. Elsewhere, and where the system has no huge
+// pages, nothing happens. Caches get them in llama_csp_init().
 LLAMA_API int32_t llama_csp_use_huge_pages(const struct llama_model * model);
 
 // 1 if a tensor of the model lies in host memory as it is in the file, 0 if it is repacked, on a device or unknown.
