@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def cpu_seconds() -> float:
+    """Time that each thread of this process has computed: schedules follow it, a busy machine only takes longer."""
+    return time.process_time() / torch.get_num_threads()
 
 
 def orthogonalize(grad: Tensor, steps: int = 5) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from .albums import MAX_PICTURES, NAMES, QUESTIONS, Conversation, make_conversat
 from .chat import ASSISTANT, END, PAD, segments
 from .language import N_EMBD as N_EMBD_TEXT
 from .language import LanguageModel, causal_attention
-from .optim import MuonAdamW, schedule
+from .optim import MuonAdamW, cpu_seconds, schedule
 from .scenes import COLORS, SHAPES
 from .vision import N_TOKENS, Projector
 
@@ -241,8 +240,8 @@ def train_language(
     optimizer = MuonAdamW(matrices, rest, lr_muon=0.02, lr_adam=3e-3)
     flat, looking = features.flatten(0, 1), Looking()
     end = tokenizer().id[END]
-    level, recent, start, step, saved = 0, deque[float](maxlen=25), time.monotonic(), 0, 0.0
-    while (progress := (time.monotonic() - start) / (60 * minutes)) < 1.0:
+    level, recent, start, step, saved = 0, deque[float](maxlen=25), cpu_seconds(), 0, 0.0
+    while (progress := (cpu_seconds() - start) / (60 * minutes)) < 1.0:
         n_pictures = LEVELS[level] if rng.random() < 0.75 else rng.choice(LEVELS[: level + 1])
         keep = 1.0 if rng.random() < (0.15 if progress < 0.6 else 0.5) else rng.uniform(0.2, 0.8)
         n_tokens = n_pictures * (8 + keep * N_TOKENS) + 13 * N_QUESTIONS + 40
@@ -285,8 +284,8 @@ def train_language(
         if (learned or overdue) and level + 1 < len(LEVELS):
             level += 1
             recent.clear()
-        if time.monotonic() - start - saved > 180:
-            saved = time.monotonic() - start
+        if cpu_seconds() - start - saved > 180:
+            saved = cpu_seconds() - start
             save(trained)
         step += 1
     save(trained)

@@ -6,14 +6,12 @@ described redundantly, as with real encoders; then it is frozen and its features
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .optim import MuonAdamW, schedule
+from .optim import MuonAdamW, cpu_seconds, schedule
 from .scenes import COLORS, IMAGE_SIZE, SHAPES
 
 PATCH = 8
@@ -159,9 +157,9 @@ def pretrain(
     rest = [p for p in (*encoder.parameters(), *heads.parameters()) if id(p) not in chosen]
     optimizer = MuonAdamW(matrices, rest, lr_muon=0.02, lr_adam=2e-3)
     target = torch.from_numpy(labels)
-    start, step, batch = time.monotonic(), 0, 64
+    start, step, batch = cpu_seconds(), 0, 64
     order = torch.randperm(len(pictures))
-    while (progress := (time.monotonic() - start) / (60 * minutes)) < 1.0:
+    while (progress := (cpu_seconds() - start) / (60 * minutes)) < 1.0:
         at = step * batch % (len(pictures) - batch + 1)
         if at < batch:
             order = torch.randperm(len(pictures))
