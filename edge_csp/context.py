@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -25,6 +25,8 @@ KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_
 FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}
 CELL_PAD = 256
 """llama.cpp rounds the size of a cache up to a multiple of this."""
+OBSERVED_CELLS = 1 << 18
+"""Cells of all heads that are observed together: their scores take 3 MiB."""
 
 
 @dataclass
@@ -234,17 +236,36 @@ class Context:
         llama_cpp.llama_memory_seq_rm(self._memory, self.seq_id, -1, -1)
         self.n_past = 0
 
-    def observe(self, *, n_obs: int, softmax_n: float, with_scores: bool = True) -> Observation:
-        """What the last n_obs queries looked at (n_window at most); `with_scores=False` gives zeros at no cost."""
+    @property
+    def n_head_kv(self) -> int:
+        """KV heads of a layer of the cache."""
+        return self._csp().info(seq_id=self.seq_id).n_head_kv
+
+    def layer_groups(self) -> list[range]:
+        """Layers to observe together, so that what is observed takes some megabytes, however large the cache is."""
+        info = self._csp().info(seq_id=self.seq_id)
+        n = max(1, OBSERVED_CELLS // max(1, info.n_head_kv * info.n_cell))
+        return [range(i, min(i + n, info.n_layer)) for i in range(0, info.n_layer, n)]
+
+    def observe(
+        self,
+        layers: range | None = None,
+        *,
+        needs: Set[str] = frozenset({"scores"}),
+        n_obs: int,
+        softmax_n: float,
+        bounds: Sequence[int] = (),
+    ) -> Observation:
+        """The cells of some layers (default: all), and what the last n_obs queries (n_window at most) looked at, if
+        `needs` holds "scores". bounds: positions where spans begin, but for the first.
+        """
         csp = self._csp()
-        pos, tag = csp.cells(seq_id=self.seq_id)
-        if with_scores:
-            scores = csp.scores(min(n_obs, self.n_window), softmax_n, seq_id=self.seq_id)
-        else:
-            n_modality = csp.info(seq_id=self.seq_id).n_modality
-            n_layer, n_head_kv, n_cell = tag.shape
-            scores = np.zeros((n_layer, n_head_kv, n_modality, n_cell), np.float32)
-        return Observation(scores, tag, pos)
+        pos, tag = csp.cells(layers=layers, seq_id=self.seq_id)
+        measured = {}
+        if "scores" in needs:
+            measured["scores"] = csp.scores(min(n_obs, self.n_window), softmax_n, layers=layers, seq_id=self.seq_id)
+        span = np.searchsorted(np.asarray(bounds, np.int32), pos, side="right").astype(np.int32)
+        return Observation(tag, pos, span=span, first_layer=layers.start if layers else 0, **measured)
 
     def keep(self, cells: NDArray[np.int32]) -> None:
         """Keep cells i32 [n_layer, n_head_kv, n_keep], see native.Csp.keep()."""

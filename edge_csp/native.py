@@ -71,6 +71,7 @@ class MemoryInfo(ctypes.Structure):
 
 _csp_p = ctypes.c_void_p
 _seq_id = ctypes.c_int32
+_layers = [ctypes.c_int32, ctypes.c_int32]  # the first, and how many
 _f32_p = ctypes.POINTER(ctypes.c_float)
 _i32_p = ctypes.POINTER(ctypes.c_int32)
 _u8_p = ctypes.POINTER(ctypes.c_uint8)
@@ -84,10 +85,16 @@ PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "llama_csp_get_info": (ctypes.c_int32, [_csp_p, _seq_id, ctypes.POINTER(Info)]),
     "llama_csp_set_modality": (ctypes.c_int32, [_csp_p, _seq_id, ctypes.c_int32]),
     "llama_csp_set_softmax_n": (ctypes.c_int32, [_csp_p, _f32_p, ctypes.c_size_t]),
-    "llama_csp_scores": (ctypes.c_int32, [_csp_p, _seq_id, ctypes.c_int32, ctypes.c_float, _f32_p, ctypes.c_size_t]),
-    "llama_csp_select": (ctypes.c_int32, [_csp_p, _seq_id, SelectParams, _f32_p, _u8_p, _i32_p, ctypes.c_size_t]),
+    "llama_csp_scores": (
+        ctypes.c_int32,
+        [_csp_p, _seq_id, *_layers, ctypes.c_int32, ctypes.c_float, _f32_p, ctypes.c_size_t],
+    ),
+    "llama_csp_select": (
+        ctypes.c_int32,
+        [_csp_p, _seq_id, *_layers, SelectParams, _f32_p, _u8_p, _i32_p, ctypes.c_size_t],
+    ),
     "llama_csp_keep": (ctypes.c_int32, [_csp_p, _seq_id, _i32_p, ctypes.c_int32]),
-    "llama_csp_cells": (ctypes.c_int32, [_csp_p, _seq_id, _i32_p, _u8_p, ctypes.c_size_t]),
+    "llama_csp_cells": (ctypes.c_int32, [_csp_p, _seq_id, *_layers, _i32_p, _u8_p, ctypes.c_size_t]),
     "llama_csp_state_get_size": (ctypes.c_size_t, [_csp_p, _seq_id]),
     "llama_csp_state_get_data": (ctypes.c_size_t, [_csp_p, _seq_id, _u8_p, ctypes.c_size_t]),
     "llama_csp_state_set_data": (ctypes.c_int32, [_csp_p, _seq_id, _u8_p, ctypes.c_size_t]),
@@ -265,11 +272,18 @@ class Csp:
         values = np.ascontiguousarray(softmax_n, np.float32)
         _check(_call("llama_csp_set_softmax_n", self._handle, _pointer(values, _f32_p), values.size))
 
-    def scores(self, n_obs: int, softmax_n: float = 1.0, *, seq_id: int = 0) -> NDArray[np.float32]:
-        """Attention mass per modality of the query, f32 [n_layer, n_head_kv, n_modality, n_cell]."""
+    def scores(
+        self, n_obs: int, softmax_n: float = 1.0, *, layers: range | None = None, seq_id: int = 0
+    ) -> NDArray[np.float32]:
+        """Attention mass per modality of the query, f32 [n_layer, n_head_kv, n_modality, n_cell]; `layers`: of these,
+        not of all.
+        """
         info = self.info(seq_id=seq_id)
-        scores = np.empty((info.n_layer, info.n_head_kv, info.n_modality, info.n_cell), np.float32)
-        _check(_call("llama_csp_scores", self._handle, seq_id, n_obs, softmax_n, _pointer(scores, _f32_p), scores.size))
+        layers = layers or range(info.n_layer)
+        scores = np.empty((len(layers), info.n_head_kv, info.n_modality, info.n_cell), np.float32)
+        pointer = _pointer(scores, _f32_p)
+        args = layers.start, len(layers), n_obs, softmax_n, pointer, scores.size
+        _check(_call("llama_csp_scores", self._handle, seq_id, *args))
         return scores
 
     def select(
@@ -281,6 +295,7 @@ class Csp:
         n_recent: int,
         n_sink: int = 0,
         pinned: NDArray[np.bool_] | None = None,
+        layers: range | None = None,
         seq_id: int = 0,
     ) -> NDArray[np.int32]:
         """The CSP rule of the header: cells i32 [n_layer, n_head_kv, n_keep], ascending.
@@ -288,7 +303,8 @@ class Csp:
         scores f32 [n_layer, n_head_kv, n_modality, n_cell], pinned bool [n_layer, n_head_kv, n_cell].
         """
         info = self.info(seq_id=seq_id)
-        shape = (info.n_layer, info.n_head_kv, info.n_modality, info.n_cell)
+        layers = layers or range(info.n_layer)
+        shape = (len(layers), info.n_head_kv, info.n_modality, info.n_cell)
         if scores.shape != shape:
             raise ValueError(f"scores have shape {scores.shape}, needed is {shape}")
         mask = None
@@ -296,11 +312,12 @@ class Csp:
             mask = np.ascontiguousarray(np.broadcast_to(pinned, shape[:2] + shape[3:]), np.uint8)
         scores = np.ascontiguousarray(scores, np.float32)
         n_keep = max(min(info.n_cell, k_self + k_cross + n_recent), 0)
-        cells = np.empty((info.n_layer, info.n_head_kv, n_keep), np.int32)
+        cells = np.empty((len(layers), info.n_head_kv, n_keep), np.int32)
         params = SelectParams(k_self, k_cross, n_recent, n_sink)
         pinned_p = None if mask is None else _pointer(mask, _u8_p)
         pointers = _pointer(scores, _f32_p), pinned_p, _pointer(cells, _i32_p)
-        _check(_call("llama_csp_select", self._handle, seq_id, params, *pointers, cells.size))
+        args = layers.start, len(layers), params, *pointers, cells.size
+        _check(_call("llama_csp_select", self._handle, seq_id, *args))
         return cells
 
     def keep(self, cells: NDArray[np.int32], *, seq_id: int = 0) -> None:
@@ -311,12 +328,16 @@ class Csp:
         cells = np.ascontiguousarray(cells, np.int32)
         _check(_call("llama_csp_keep", self._handle, seq_id, _pointer(cells, _i32_p), cells.shape[2]))
 
-    def cells(self, *, seq_id: int = 0) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-        """True position i32 and tag u8 of the token in every cell, both [n_layer, n_head_kv, n_cell]."""
+    def cells(self, *, layers: range | None = None, seq_id: int = 0) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        """True position i32 and tag u8 of the token in every cell, both [n_layer, n_head_kv, n_cell]; `layers`: of
+        these, not of all.
+        """
         info = self.info(seq_id=seq_id)
-        pos = np.empty((info.n_layer, info.n_head_kv, info.n_cell), np.int32)
+        layers = layers or range(info.n_layer)
+        pos = np.empty((len(layers), info.n_head_kv, info.n_cell), np.int32)
         tag = np.empty(pos.shape, np.uint8)
-        _check(_call("llama_csp_cells", self._handle, seq_id, _pointer(pos, _i32_p), _pointer(tag, _u8_p), pos.size))
+        args = layers.start, len(layers), _pointer(pos, _i32_p), _pointer(tag, _u8_p), pos.size
+        _check(_call("llama_csp_cells", self._handle, seq_id, *args))
         return pos, tag
 
     def state(self, *, seq_id: int = 0) -> bytes:

@@ -23,7 +23,7 @@ from PIL import Image
 
 from edge_csp import native
 from edge_csp.budget import Budget
-from edge_csp.context import CELL_PAD, Context
+from edge_csp.context import CELL_PAD, OBSERVED_CELLS, Context
 from edge_csp.errors import ContextError, ImageError, ModelError, NativeError
 from edge_csp.images import MAX_SIDE, load_picture
 from edge_csp.metadata import tensor_spans
@@ -236,7 +236,7 @@ class _Measure:
             compute=grown("compute"),
             work=2 * self.model.info.n_head * n_batch * n_ctx if converts else 0,
             ring=4 * info.n_layer * info.n_head * self.model.info.head_dim_k * self.n_window if info else 0,
-            scores=info.n_layer * info.n_head_kv * n_ctx * _score_bytes(info.n_modality) if info else 0,
+            scores=_eviction_bytes(info, n_ctx) if info else 0,
             device=grown("device_kv") + grown("device_compute"),
         )
 
@@ -270,9 +270,16 @@ def _bounded_cells(cells: Budget | None, n_cell: int, n_kept: int, bytes_per_cel
     return n_bounded
 
 
+def _eviction_bytes(info: native.Info, n_cell: int) -> int:
+    """Bytes that an eviction takes: chosen cells, true positions and tags of all layers, and scores of some layers."""
+    n_all = info.n_layer * info.n_head_kv * n_cell
+    n_observed = min(n_all, max(OBSERVED_CELLS, info.n_head_kv * n_cell))
+    return n_all * (4 + 4 + 1) + n_observed * _score_bytes(info.n_modality)
+
+
 def _score_bytes(n_modality: int) -> int:
-    """Bytes per (layer, KV head, cell) in an eviction: f32 scores per modality, i32 position, u8 tag, rankings."""
-    return 4 * n_modality + 4 + 1 + _RANKING_BYTES
+    """Bytes per (layer, KV head, cell) observed: f32 scores per modality, i32 position and span, u8 tag, rankings."""
+    return 4 * n_modality + 4 + 4 + 1 + _RANKING_BYTES
 
 
 def _picture(model: VisionModel, size: tuple[int, int] | None) -> PictureCost:

@@ -29,7 +29,7 @@ from edge_csp.images import Picture
 from edge_csp.items import Item, PromptEnd, common_length, common_text, items_of, n_pictures, token_item
 from edge_csp.model import PicturePart, Progress, VisionModel
 from edge_csp.policy import Policy, make_policy
-from edge_csp.pruning import Pruner, Pruning, Span
+from edge_csp.pruning import Layout, Pruner, Pruning, Span
 from edge_csp.sampling import Sampler, Sampling
 
 PAST_TRAINED = ("continue", "stop")
@@ -121,7 +121,7 @@ class Session:
         info = context.model.info
         self.context = context
         self.model = context.model
-        self._pruner = Pruner(context, pruning or Pruning())
+        self._pruner = Pruner(context, pruning or Pruning(), self._layout)
         self.sampling = sampling or Sampling()
         self.template = ChatTemplate(info.chat_template, info.bos_token, info.eos_token)
         self.counters = Counters()
@@ -152,7 +152,7 @@ class Session:
 
     @pruning.setter
     def pruning(self, pruning: Pruning) -> None:
-        self._pruner = Pruner(self.context, pruning)
+        self._pruner = Pruner(self.context, pruning, self._layout)
 
     def ask(self, text: str, pictures: Sequence[Picture] = (), *, n_predict: int = -1) -> Generator[str, None, None]:
         """Ask, and stream the answer. Pictures come before the text.
@@ -384,7 +384,7 @@ class Session:
         self.counters.n_picture_cell += part.n_cell
 
     def _make_room(self, n_new: int) -> None:
-        self._count_eviction(self._pruner.make_room, n_new, self._pins.spans)
+        self._count_eviction(self._pruner.make_room, n_new)
 
     def _report(self, what: str, done: float) -> None:
         if self._on_progress:
@@ -395,12 +395,21 @@ class Session:
 
         Raises BudgetError if the budget is smaller than one cell, or than the pinned cells.
         """
-        return self._count_eviction(self._pruner.prune, self.n_token, self._pins.spans)
+        return self._count_eviction(self._pruner.prune, self.n_token)
 
-    def _count_eviction(self, evict: Callable[[int, Sequence[Span]], int], n: int, pinned: Sequence[Span]) -> int:
+    def _layout(self) -> Layout:
+        bounds, position, was_picture = [], 0, False
+        for item in self._items:
+            if item.is_new_picture or was_picture != item.is_picture:
+                bounds.append(position)
+            was_picture = item.is_picture
+            position += item.n_pos
+        return Layout(self._pins.spans, bounds)
+
+    def _count_eviction(self, evict: Callable[[int], int], n: int) -> int:
         started = time.perf_counter()
         try:
-            n_evicted = evict(n, pinned)
+            n_evicted = evict(n)
         except NativeError:
             self._forget_cells()  # they may be half moved
             raise

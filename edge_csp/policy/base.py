@@ -20,34 +20,84 @@ IntArray = npt.NDArray[np.int32]
 TagArray = npt.NDArray[np.uint8]
 
 
-@dataclass(frozen=True, eq=False)
-class Observation:
-    """What the runtime knows about the cells in use; the arrays are read-only.
+MEASURED = {"scores": 4, "mass": 3, "cue": 3, "key_norm": 3, "keys": 4}
+"""What can be measured of the cells, and the number of its dimensions."""
 
-    scores: f32 [n_layer, n_head_kv, n_modality, n_cell], attention mass that a cell got from the queries of one
-            modality, summed over the observation window
-    tag:    u8 [n_layer, n_head_kv, n_cell], modality of the token in the cell, below n_modality
-    pos:    i32 [n_layer, n_head_kv, n_cell], true position of that token
+
+class Observation:
+    """What the runtime knows about the cells in use, of all layers or of some of them; the arrays are read-only.
+
+    tag:  u8 [n_layer, n_head_kv, n_cell], modality of the token in the cell
+    pos:  i32 [n_layer, n_head_kv, n_cell], true position of that token
+    span: i32 [n_layer, n_head_kv, n_cell], number of what the token belongs to: a picture, or the text before, between
+          or after pictures, in the order of the conversation
+    first_layer: number of the first of these layers
+
+    The following are measured only for policies that name them in `needs`, others get a PolicyError:
+
+    scores:   f32 [n_layer, n_head_kv, n_modality, n_cell], attention mass that a cell got from the queries of one
+              modality, summed over the observation window
+    mass:     f32 [n_layer, n_head_kv, n_cell], attention mass from all queries since the cell was filled
+    cue:      f32 [n_layer, n_head_kv, n_cell], attention mass from the cues that were run after each picture
+    key_norm: f32 [n_layer, n_head_kv, n_cell], length of the key
+    keys:     f32 [n_layer, n_head_kv, n_cell, head_dim], the keys, with the rotation of their positions
 
     Raises PolicyError if shapes, types or tags do not fit.
     """
 
-    scores: FloatArray
-    tag: TagArray
-    pos: IntArray
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "scores", _read_only("scores", self.scores, np.float32, 4))
-        object.__setattr__(self, "tag", _read_only("tag", self.tag, np.uint8, 3))
-        object.__setattr__(self, "pos", _read_only("pos", self.pos, np.int32, 3))
-        n_layer, n_head_kv, n_modality, n_cell = self.scores.shape
-        if min(self.scores.shape) < 1:
-            raise PolicyError(f"scores have the shape {self.scores.shape}: nothing to select from")
-        for name, array in (("tag", self.tag), ("pos", self.pos)):
-            if array.shape != (n_layer, n_head_kv, n_cell):
-                raise PolicyError(f"{name} has the shape {array.shape}, scores have {self.scores.shape}")
-        if (highest := int(self.tag.max())) >= n_modality:
+    def __init__(
+        self,
+        tag: TagArray,
+        pos: IntArray,
+        *,
+        span: IntArray | None = None,
+        first_layer: int = 0,
+        **measured: FloatArray,
+    ) -> None:
+        self.tag: TagArray = _read_only("tag", tag, np.uint8, 3)
+        self.pos: IntArray = _read_only("pos", pos, np.int32, 3)
+        none = np.broadcast_to(np.int32(0), tag.shape)
+        self.span: IntArray = _read_only("span", none if span is None else span, np.int32, 3)
+        self.first_layer = first_layer
+        self._measured: dict[str, FloatArray] = {}
+        if min(self.tag.shape) < 1:
+            raise PolicyError(f"tag has the shape {self.tag.shape}: nothing to select from")
+        for name, array in (("pos", self.pos), ("span", self.span)):
+            if array.shape != self.tag.shape:
+                raise PolicyError(f"{name} has the shape {array.shape}, tag has {self.tag.shape}")
+        for name, given in measured.items():
+            values: FloatArray = _read_only(name, given, np.float32, MEASURED[name])
+            cells = values.shape[:2] + values.shape[3:] if name == "scores" else values.shape[:3]
+            if cells != self.tag.shape:
+                raise PolicyError(f"{name} has the shape {values.shape}, tag has {self.tag.shape}")
+            self._measured[name] = values
+        if "scores" in measured and (highest := int(self.tag.max())) >= (n_modality := self.scores.shape[2]):
             raise PolicyError(f"tag {highest} has no scores: they tell {n_modality} modalities apart")
+
+    def _get(self, name: str) -> FloatArray:
+        if name not in self._measured:
+            raise PolicyError(f"{name} was not measured: the policy has to name it in `needs`")
+        return self._measured[name]
+
+    @property
+    def scores(self) -> FloatArray:
+        return self._get("scores")
+
+    @property
+    def mass(self) -> FloatArray:
+        return self._get("mass")
+
+    @property
+    def cue(self) -> FloatArray:
+        return self._get("cue")
+
+    @property
+    def key_norm(self) -> FloatArray:
+        return self._get("key_norm")
+
+    @property
+    def keys(self) -> FloatArray:
+        return self._get("keys")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -89,11 +139,12 @@ class Policy(ABC):
     """One way to choose the cells that stay. A subclass is a frozen dataclass of settings with one method, `pick`.
 
     `select` owns the contract: every row keeps exactly `n_keep(budget, n_cell)` cells, among them the protected ones.
-    The same arguments give the same cells; inputs are never changed.
+    The same arguments give the same cells; inputs are never changed. Layers are chosen on their own: all at once or one
+    after the other gives the same.
     """
 
     name: ClassVar[str]
-    needs_scores: ClassVar[bool] = True  # False: the caller may pass zeros
+    needs: ClassVar[frozenset[str]] = frozenset({"scores"})  # what has to be measured, of MEASURED
 
     def n_keep(self, budget: int, n_cell: int) -> int:
         """Cells that every row keeps."""

@@ -15,7 +15,7 @@ class FullPolicy(Policy):
     """Keeps every cell, whatever the budget: what all other policies are measured against."""
 
     name: ClassVar[str] = "full"
-    needs_scores: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def n_keep(self, budget: int, n_cell: int) -> int:
         return n_cell

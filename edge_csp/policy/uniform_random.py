@@ -20,7 +20,7 @@ class RandomPolicy(Policy):
     """
 
     name: ClassVar[str] = "random"
-    needs_scores: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     seed: int = 0
 
@@ -29,5 +29,9 @@ class RandomPolicy(Policy):
             raise PolicyError(f"seed is {self.seed}; it must be 0 or more")
 
     def pick(self, observation: Observation, n_keep: int, protected: BoolArray) -> BoolArray:
-        generator = np.random.default_rng((self.seed, observation.n_cell))
-        return top_select(1 - generator.random(observation.shape, np.float32), protected, n_keep)
+        n_layer, n_head_kv, n_cell = observation.shape
+        draws = np.empty(observation.shape, np.float32)
+        for i in range(n_layer):
+            generator = np.random.default_rng((self.seed, n_cell, observation.first_layer + i))
+            draws[i] = 1 - generator.random((n_head_kv, n_cell), np.float32)
+        return top_select(draws, protected, n_keep)

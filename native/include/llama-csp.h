@@ -95,10 +95,13 @@ LLAMA_API int32_t llama_csp_set_softmax_n(struct llama_csp * csp, const float * 
 
 // Attention mass that every cell got from the last min(n_obs, window) queries, per modality of the query, averaged over
 // the query heads of a KV head and summed over the queries. A query votes on the cells that it saw.
+// The layers layer .. layer + n_layer - 1: one after the other, the scores of a large cache need not lie in memory at once.
 //   softmax_n: n of the scoring softmax (the published method: 1)
 //   scores:    f32 [n_layer][n_head_kv][n_modality][n_cell], n_value floats
 LLAMA_API int32_t llama_csp_scores(struct llama_csp * csp,
                                    llama_seq_id       seq_id,
+                                   int32_t            layer,
+                                   int32_t            n_layer,
                                    int32_t            n_obs,
                                    float              softmax_n,
                                    float *            scores,
@@ -111,13 +114,15 @@ struct llama_csp_select_params {
     int32_t n_sink;   // first cells, always kept; charged to k_self and k_cross, like pinned cells
 };
 
-// The CSP rule. Every row keeps exactly n_keep = min(n_cell, k_self + k_cross + n_recent) cells: recent, sink and pinned
+// The CSP rule, for some of the layers. Every row keeps exactly n_keep = min(n_cell, k_self + k_cross + n_recent) cells: recent, sink and pinned
 // ones, then the best of each ranking. A cell that both rankings want is kept once and the place goes to the next best;
 // a ranking that runs out of cells with a score > 0 passes its places to the other. Ties go to the earlier cell.
 //   scores: as from llama_csp_scores(); pinned: u8 [n_layer][n_head_kv][n_cell], or NULL
 //   cells:  i32 [n_layer][n_head_kv][n_keep], ascending; n_value ints
 LLAMA_API int32_t llama_csp_select(const struct llama_csp *       csp,
                                    llama_seq_id                   seq_id,
+                                   int32_t                        layer,
+                                   int32_t                        n_layer,
                                    struct llama_csp_select_params params,
                                    const float *                  scores,
                                    const uint8_t *                pinned,
@@ -132,10 +137,15 @@ LLAMA_API int32_t llama_csp_select(const struct llama_csp *       csp,
 // not pruned these work as always.) The window of a sequence starts anew where it was copied to, or shifted.
 LLAMA_API int32_t llama_csp_keep(struct llama_csp * csp, llama_seq_id seq_id, const int32_t * cells, int32_t n_keep);
 
-// True position and tag of the token in every cell. Either pointer may be NULL.
+// True position and tag of the token in every cell of some layers. Either pointer may be NULL.
 //   pos: i32 [n_layer][n_head_kv][n_cell]; tag: u8 [n_layer][n_head_kv][n_cell]; n_value elements each
-LLAMA_API int32_t
-llama_csp_cells(const struct llama_csp * csp, llama_seq_id seq_id, int32_t * pos, uint8_t * tag, size_t n_value);
+LLAMA_API int32_t llama_csp_cells(const struct llama_csp * csp,
+                                  llama_seq_id             seq_id,
+                                  int32_t                  layer,
+                                  int32_t                  n_layer,
+                                  int32_t *                pos,
+                                  uint8_t *                tag,
+                                  size_t                   n_value);
 
 // Positions and tags as bytes, to be stored beside llama_state_seq_get_data() and restored after llama_state_seq_set_data()
 // into an otherwise empty cache. get returns the bytes written (0 on failure), set refuses bytes that do not fit the cache.

@@ -75,12 +75,18 @@ struct llama_csp {
     llama_csp_stream *       find_stream(llama_seq_id seq_id);
     const llama_csp_stream * find_stream(llama_seq_id seq_id) const;
     int32_t                  no_such_sequence(llama_seq_id seq_id) const; // status of a call that names it
+    int32_t                  check_layers(int32_t layer, int32_t n_layer) const;
 
     // window (llama-csp-window.cpp): rows of the ring for the last n_row queries of a stream of the ubatch
     void push_queries(llama_csp_stream & stream, int64_t n_row, int64_t * rows);
 
     // scores (llama-csp-score.cpp)
-    int32_t compute_scores(const llama_csp_stream & stream, int32_t n_obs, float softmax_n, float * scores);
+    int32_t compute_scores(const llama_csp_stream & stream,
+                           int32_t                  layer,
+                           int32_t                  n_layer,
+                           int32_t                  n_obs,
+                           float                    softmax_n,
+                           float *                  scores);
 
     // rows (llama-csp-keep.cpp)
     void move_rows(const llama_csp_stream & stream, const int32_t * cells, int32_t n_keep); // throws on failure

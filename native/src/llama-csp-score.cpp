@@ -251,11 +251,16 @@ void score_layer_on_backend(const llama_csp &        csp,
 
 } // namespace
 
-int32_t llama_csp::compute_scores(const llama_csp_stream & stream, int32_t n_obs, float softmax_n, float * scores) {
-    for (const auto & layer : layers) {
-        if (layer.kq_scale == 0.0f) {
+int32_t llama_csp::compute_scores(const llama_csp_stream & stream,
+                                  int32_t                  layer,
+                                  int32_t                  n_layer,
+                                  int32_t                  n_obs,
+                                  float                    softmax_n,
+                                  float *                  scores) {
+    for (int32_t i = layer; i < layer + n_layer; ++i) {
+        if (layers[i].kq_scale == 0.0f) {
             return llama_csp_fail(LLAMA_CSP_ERR_STATE, "layer %d has recorded no queries: decode tokens first",
-                                  layer.il);
+                                  layers[i].il);
         }
     }
     const auto voters = find_voters(stream, n_obs);
@@ -267,9 +272,9 @@ int32_t llama_csp::compute_scores(const llama_csp_stream & stream, int32_t n_obs
 
     synchronize();
 
-    std::vector<size_t> host_rows;
-    std::vector<size_t> backend_layers;
-    for (size_t i = 0; i < layers.size(); ++i) {
+    std::vector<size_t>  host_rows;
+    std::vector<int32_t> backend_layers;
+    for (int32_t i = layer; i < layer + n_layer; ++i) {
         if (way != score_way::AUTOMATIC || !scores_on_host(layers[i])) {
             backend_layers.push_back(i);
             continue;
@@ -282,12 +287,12 @@ int32_t llama_csp::compute_scores(const llama_csp_stream & stream, int32_t n_obs
     llama_csp_parallel(host_rows.size(), n_thread(), [&](size_t i) {
         const size_t row = host_rows[i];
         score_head_on_host(*this, stream, layers[row / n_head_kv], voters, row % n_head_kv, softmax_n,
-                           scores + row * n_value);
+                           scores + (row - layer * n_head_kv) * n_value);
     });
 
     std::map<ggml_backend_t, ggml_gallocr_ptr> allocs; // compute buffers, shared by the layers of a backend
     const score_inputs                         inputs(*this, stream, voters);
-    for (const size_t i : backend_layers) {
+    for (const int32_t i : backend_layers) {
         ggml_backend_t backend = backend_of(layers[i].k);
         auto &         alloc   = allocs[backend];
         if (!alloc) {
@@ -297,19 +302,28 @@ int32_t llama_csp::compute_scores(const llama_csp_stream & stream, int32_t n_obs
             throw std::bad_alloc();
         }
         score_layer_on_backend(*this, stream, layers[i], backend, alloc.get(), inputs, softmax_n, way,
-                               scores + i * n_head_kv * n_value);
+                               scores + (i - layer) * n_head_kv * n_value);
     }
     return LLAMA_CSP_OK;
 }
 
-int32_t
-llama_csp_scores(llama_csp * csp, llama_seq_id seq_id, int32_t n_obs, float softmax_n, float * scores, size_t n_value) {
+int32_t llama_csp_scores(llama_csp *  csp,
+                         llama_seq_id seq_id,
+                         int32_t      layer,
+                         int32_t      n_layer,
+                         int32_t      n_obs,
+                         float        softmax_n,
+                         float *      scores,
+                         size_t       n_value) {
     if (csp == nullptr || scores == nullptr) {
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "csp or scores is NULL");
     }
     const auto * stream = csp->find_stream(seq_id);
     if (stream == nullptr) {
         return csp->no_such_sequence(seq_id);
+    }
+    if (const int32_t status = csp->check_layers(layer, n_layer)) {
+        return status;
     }
     if (n_obs < 1 || n_obs > csp->n_window) {
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "n_obs is %d, allowed are 1 .. %d (n_window)", n_obs,
@@ -318,7 +332,7 @@ llama_csp_scores(llama_csp * csp, llama_seq_id seq_id, int32_t n_obs, float soft
     if (!(softmax_n >= 0.0f) || !std::isfinite(softmax_n)) {
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "softmax_n is %g, allowed are finite values >= 0", softmax_n);
     }
-    const size_t needed = csp->n_row() * csp->n_modality * stream->n_cell();
+    const size_t needed = (size_t) n_layer * csp->n_head_kv * csp->n_modality * stream->n_cell();
     if (n_value != needed) {
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT,
                               "n_value is %zu, needed are %zu (n_layer*n_head_kv*n_modality*n_cell)", n_value, needed);
@@ -328,7 +342,7 @@ llama_csp_scores(llama_csp * csp, llama_seq_id seq_id, int32_t n_obs, float soft
     }
     try {
         csp->finish_copies();
-        return csp->compute_scores(*stream, n_obs, softmax_n, scores);
+        return csp->compute_scores(*stream, layer, n_layer, n_obs, softmax_n, scores);
     } catch (const std::bad_alloc &) {
         return llama_csp_fail(LLAMA_CSP_ERR_MEMORY, "no memory to score %d cells", stream->n_cell());
     } catch (const std::exception & e) {

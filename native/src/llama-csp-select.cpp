@@ -87,6 +87,8 @@ void select_row(const llama_csp_stream &        stream,
 
 int32_t llama_csp_select(const llama_csp *       csp,
                          llama_seq_id            seq_id,
+                         int32_t                 layer,
+                         int32_t                 n_layer,
                          llama_csp_select_params params,
                          const float *           scores,
                          const uint8_t *         pinned,
@@ -99,6 +101,9 @@ int32_t llama_csp_select(const llama_csp *       csp,
     if (stream == nullptr) {
         return csp->no_such_sequence(seq_id);
     }
+    if (const int32_t status = csp->check_layers(layer, n_layer)) {
+        return status;
+    }
     if (params.k_self < 0 || params.k_cross < 0 || params.n_recent < 1 || params.n_sink < 0) {
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT,
                               "k_self %d, k_cross %d, n_recent %d, n_sink %d: allowed are values >= 0, n_recent >= 1",
@@ -109,11 +114,12 @@ int32_t llama_csp_select(const llama_csp *       csp,
     }
     const int64_t n_cell = stream->n_cell();
     const int64_t n_keep = std::min<int64_t>(n_cell, (int64_t) params.k_self + params.k_cross + params.n_recent);
-    if (n_value != csp->n_row() * n_keep) {
+    const size_t  n_row  = (size_t) n_layer * csp->n_head_kv;
+    if (n_value != n_row * n_keep) {
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "n_value is %zu, needed are %zu (n_layer*n_head_kv*n_keep)",
-                              n_value, csp->n_row() * (size_t) n_keep);
+                              n_value, n_row * (size_t) n_keep);
     }
-    for (size_t row = 0; row < csp->n_row(); ++row) {
+    for (size_t row = 0; row < n_row; ++row) {
         int64_t n_protected = 0;
         for (int64_t cell = 0; cell < n_cell; ++cell) {
             n_protected +=
@@ -126,9 +132,10 @@ int32_t llama_csp_select(const llama_csp *       csp,
         }
     }
     try {
-        llama_csp_parallel(csp->n_row(), csp->n_thread(), [&](size_t row) {
-            select_row(*stream, csp->n_modality, params, row, scores + row * csp->n_modality * n_cell,
-                       pinned ? pinned + row * n_cell : nullptr, cells + row * n_keep, n_keep);
+        llama_csp_parallel(n_row, csp->n_thread(), [&](size_t row) {
+            select_row(*stream, csp->n_modality, params, (size_t) layer * csp->n_head_kv + row,
+                       scores + row * csp->n_modality * n_cell, pinned ? pinned + row * n_cell : nullptr,
+                       cells + row * n_keep, n_keep);
         });
     } catch (const std::bad_alloc &) {
         return llama_csp_fail(LLAMA_CSP_ERR_MEMORY, "no memory to rank %lld cells", (long long) n_cell);

@@ -383,6 +383,15 @@ int32_t llama_csp::no_such_sequence(llama_seq_id seq_id) const {
                           kv->n_seq_max - 1);
 }
 
+int32_t llama_csp::check_layers(int32_t layer, int32_t n_layer) const {
+    const int32_t n_all = layers.size();
+    if (layer < 0 || n_layer < 1 || n_layer > n_all - layer) {
+        return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "layers %d + %d: the cache has the layers 0 .. %d", layer,
+                              n_layer, n_all - 1);
+    }
+    return LLAMA_CSP_OK;
+}
+
 int32_t llama_csp_stream::n_cell() const {
     return cells->get_used();
 }
@@ -520,7 +529,13 @@ int32_t llama_csp_set_softmax_n(llama_csp * csp, const float * softmax_n, size_t
     return LLAMA_CSP_OK;
 }
 
-int32_t llama_csp_cells(const llama_csp * csp, llama_seq_id seq_id, int32_t * pos, uint8_t * tag, size_t n_value) {
+int32_t llama_csp_cells(const llama_csp * csp,
+                        llama_seq_id      seq_id,
+                        int32_t           layer,
+                        int32_t           n_layer,
+                        int32_t *         pos,
+                        uint8_t *         tag,
+                        size_t            n_value) {
     if (csp == nullptr) {
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "csp is NULL");
     }
@@ -528,10 +543,14 @@ int32_t llama_csp_cells(const llama_csp * csp, llama_seq_id seq_id, int32_t * po
     if (stream == nullptr) {
         return csp->no_such_sequence(seq_id);
     }
+    if (const int32_t status = csp->check_layers(layer, n_layer)) {
+        return status;
+    }
     const size_t n_cell = stream->n_cell();
-    if (n_value != csp->n_row() * n_cell) {
+    const size_t n_row  = (size_t) n_layer * csp->n_head_kv;
+    if (n_value != n_row * n_cell) {
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "n_value is %zu, needed are %zu (n_layer*n_head_kv*n_cell)",
-                              n_value, csp->n_row() * n_cell);
+                              n_value, n_row * n_cell);
     }
     if (n_cell == 0) {
         return LLAMA_CSP_OK;
@@ -539,13 +558,13 @@ int32_t llama_csp_cells(const llama_csp * csp, llama_seq_id seq_id, int32_t * po
     if (const int32_t status = stream->check_sequence(seq_id)) {
         return status;
     }
-    for (size_t row = 0; row < csp->n_row(); ++row) {
+    for (size_t row = 0; row < n_row; ++row) {
         for (size_t cell = 0; cell < n_cell; ++cell) {
             if (pos) {
-                pos[row * n_cell + cell] = stream->pos_at(row, cell);
+                pos[row * n_cell + cell] = stream->pos_at((size_t) layer * csp->n_head_kv + row, cell);
             }
             if (tag) {
-                tag[row * n_cell + cell] = stream->tag_at(row, cell);
+                tag[row * n_cell + cell] = stream->tag_at((size_t) layer * csp->n_head_kv + row, cell);
             }
         }
     }

@@ -43,10 +43,10 @@ int main(void) {
     CHECK_REFUSED(llama_csp_get_info(NULL, 0, &info), "csp or info is NULL");
     CHECK_REFUSED(llama_csp_set_modality(NULL, 0, LLAMA_CSP_MODALITY_AUTO), "csp is NULL");
     CHECK_REFUSED(llama_csp_set_softmax_n(NULL, scores, 1), "csp or softmax_n is NULL");
-    CHECK_REFUSED(llama_csp_scores(NULL, 0, 1, 1.0f, scores, 1), "csp or scores is NULL");
-    CHECK_REFUSED(llama_csp_select(NULL, 0, share, scores, NULL, cells, 1), "csp, scores or cells is NULL");
+    CHECK_REFUSED(llama_csp_scores(NULL, 0, 0, 1, 1, 1.0f, scores, 1), "csp or scores is NULL");
+    CHECK_REFUSED(llama_csp_select(NULL, 0, 0, 1, share, scores, NULL, cells, 1), "csp, scores or cells is NULL");
     CHECK_REFUSED(llama_csp_keep(NULL, 0, cells, 1), "csp or cells is NULL");
-    CHECK_REFUSED(llama_csp_cells(NULL, 0, cells, bytes, 1), "csp is NULL");
+    CHECK_REFUSED(llama_csp_cells(NULL, 0, 0, 1, cells, bytes, 1), "csp is NULL");
     CHECK_REFUSED(llama_csp_state_set_data(NULL, 0, bytes, 1), "csp or src is NULL");
 
     CHECK(llama_csp_state_get_size(NULL, 0) == 0);

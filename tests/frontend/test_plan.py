@@ -246,11 +246,11 @@ def test_scores_of_an_eviction() -> None:
     protected[..., -1] = True
     tracemalloc.start()
     try:
-        make_policy("csp").select(Observation(scores, tag, pos), 800, protected)
+        make_policy("csp").select(Observation(tag, pos, span=pos, scores=scores), 800, protected)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    taken = peak + scores.nbytes + tag.nbytes + pos.nbytes
+    taken = peak + scores.nbytes + tag.nbytes + 2 * pos.nbytes
     assert close(plan._score_bytes(3) * np.prod(shape), taken)
 
 

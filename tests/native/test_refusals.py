@@ -179,6 +179,7 @@ def refill_window(runtime: Runtime, csp: Csp) -> None:
 
 
 VOID = ctypes.c_void_p()
+LAYERS = 3
 
 
 def null_calls(handle: ctypes.c_void_p, ctx: Any) -> dict[str, tuple[Any, ...]]:
@@ -193,17 +194,17 @@ def null_calls(handle: ctypes.c_void_p, ctx: Any) -> dict[str, tuple[Any, ...]]:
         "modality": ("llama_csp_set_modality", VOID, 0, 0),
         "softmax_n": ("llama_csp_set_softmax_n", VOID, floats, 1),
         "softmax_n without values": ("llama_csp_set_softmax_n", handle, None, 1),
-        "scores": ("llama_csp_scores", VOID, 0, 1, 1.0, floats, 999),
-        "scores without target": ("llama_csp_scores", handle, 0, 1, 1.0, None, 720),
-        "scores of a wrong size": ("llama_csp_scores", handle, 0, 1, 1.0, floats, 719),
-        "select": ("llama_csp_select", VOID, 0, select, floats, None, ints, 999),
-        "select without scores": ("llama_csp_select", handle, 0, select, None, None, ints, 18),
-        "select without target": ("llama_csp_select", handle, 0, select, floats, None, None, 18),
-        "select of a wrong size": ("llama_csp_select", handle, 0, select, floats, None, ints, 17),
+        "scores": ("llama_csp_scores", VOID, 0, 0, LAYERS, 1, 1.0, floats, 999),
+        "scores without target": ("llama_csp_scores", handle, 0, 0, LAYERS, 1, 1.0, None, 720),
+        "scores of a wrong size": ("llama_csp_scores", handle, 0, 0, LAYERS, 1, 1.0, floats, 719),
+        "select": ("llama_csp_select", VOID, 0, 0, LAYERS, select, floats, None, ints, 999),
+        "select without scores": ("llama_csp_select", handle, 0, 0, LAYERS, select, None, None, ints, 18),
+        "select without target": ("llama_csp_select", handle, 0, 0, LAYERS, select, floats, None, None, 18),
+        "select of a wrong size": ("llama_csp_select", handle, 0, 0, LAYERS, select, floats, None, ints, 17),
         "keep": ("llama_csp_keep", VOID, 0, ints, 1),
         "keep without cells": ("llama_csp_keep", handle, 0, None, 1),
-        "cells": ("llama_csp_cells", VOID, 0, ints, bytes_, 999),
-        "cells of a wrong size": ("llama_csp_cells", handle, 0, ints, bytes_, 239),
+        "cells": ("llama_csp_cells", VOID, 0, 0, LAYERS, ints, bytes_, 999),
+        "cells of a wrong size": ("llama_csp_cells", handle, 0, 0, LAYERS, ints, bytes_, 239),
         "set_state": ("llama_csp_state_set_data", VOID, 0, bytes_, 999),
         "set_state without bytes": ("llama_csp_state_set_data", handle, 0, None, 999),
     }
@@ -225,7 +226,7 @@ def test_null_where_it_means_something(pruned: tuple[Runtime, Csp]) -> None:
     assert native._call("llama_csp_state_get_size", VOID, 0) == 0
     assert native._call("llama_csp_state_get_data", VOID, 0, (ctypes.c_uint8 * 9)(), 9) == 0
     assert native._call("llama_csp_state_get_data", csp._handle, 0, (ctypes.c_uint8 * 9)(), 9) == 0
-    assert native._call("llama_csp_cells", csp._handle, 0, None, None, 6 * 40) == 0
+    assert native._call("llama_csp_cells", csp._handle, 0, 0, LAYERS, None, None, 6 * 40) == 0
     handle = ctypes.c_void_p(1)
     assert native._call("llama_csp_init", None, native.Params(32, 3), ctypes.byref(handle)) == ARGUMENT
     assert handle.value is None

@@ -11,6 +11,7 @@ from edge_csp.errors import NativeError
 from edge_csp.native import Csp
 from tests.native.cache import GraphTap, read_rows
 from tests.native.conftest import Open
+from tests.native.test_keep import random_cells
 from tests.oracle.numpy_llama import NumpyLlama, window_scores
 from tests.oracle.random_models import make_model
 from tests.oracle.runtime import Runtime, relative_error
@@ -110,4 +111,24 @@ def test_scores_after_keep_use_the_new_window(gqa: Path) -> None:
         scores = csp.scores(32, 0.0)
         assert csp.info().n_window == 5
         np.testing.assert_allclose(scores.sum(axis=(2, 3)), 5, rtol=1e-5)  # five rows that each sum to 1
+        csp.close()
+
+
+def test_layers(model: Path, device: Open) -> None:
+    """Scores and cells of some layers are those of all."""
+    with device(model) as runtime:
+        csp = Csp.attach(runtime.ctx)
+        runtime.decode(np.random.default_rng(3).integers(0, 96, 50))
+        csp.keep(random_cells(csp, 40, seed=1))
+        runtime.decode(np.arange(8))
+        whole = csp.scores(8), *csp.cells()
+        for layers in (range(1), range(1, 3), range(2, 3)):
+            some = csp.scores(8, layers=layers), *csp.cells(layers=layers)
+            for part, all_layers in zip(some, whole, strict=True):
+                assert np.array_equal(part, all_layers[layers.start : layers.stop])
+        for wrong in (range(-1, 1), range(2, 4), range(3, 4)):
+            with pytest.raises(NativeError, match=r"the cache has the layers 0 \.\. 2"):
+                csp.scores(8, layers=wrong)
+            with pytest.raises(NativeError, match=r"the cache has the layers 0 \.\. 2"):
+                csp.cells(layers=wrong)
         csp.close()

@@ -90,7 +90,7 @@ def test_equals_python(
         with pytest.raises(NativeError, match="recent, sink and pinned cells, but a budget of"):
             cells.csp.select(scores, **arguments)
         return
-    observation = Observation(scores, cells.tag, cells.pos)
+    observation = Observation(cells.tag, cells.pos, scores=scores)
     with np.errstate(over="ignore", invalid="ignore"):  # inf - inf, on purpose
         own, cross = observation.score_self, observation.score_cross
     keep = kernels.csp_select(own, cross, protected, k_self, k_cross, n_keep)
@@ -105,7 +105,7 @@ def test_equals_the_policy(cells: Cells, cross_ratio: float) -> None:
     protected[..., :2] = protected[..., -5:] = True
     k_self, k_cross = policy.shares(20 - 5)
     chosen = cells.csp.select(scores, k_self=k_self, k_cross=k_cross, n_recent=5, n_sink=2)
-    assert np.array_equal(chosen, policy.select(Observation(scores, cells.tag, cells.pos), 20, protected))
+    assert np.array_equal(chosen, policy.select(Observation(cells.tag, cells.pos, scores=scores), 20, protected))
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: f"{path.parts[-3]}-{path.stem}")

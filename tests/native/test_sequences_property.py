@@ -290,7 +290,7 @@ class Sequences(RuleBasedStateMachine):
         shares = {"k_self": k_self, "k_cross": k_cross, "n_recent": n_recent, "n_sink": n_sink}
         cells = self.csp.select(scores, pinned=pinned, seq_id=self.seq_id, **shares)
         pos, tag = self.csp.cells(seq_id=self.seq_id)
-        assert np.array_equal(cells, policy.select(Observation(scores, tag, pos), budget, protected))
+        assert np.array_equal(cells, policy.select(Observation(tag, pos, scores=scores), budget, protected))
         self.keep(cells)
         self.done["keep by scores"] += 1
 

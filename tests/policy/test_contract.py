@@ -29,7 +29,7 @@ def make_observation(generator: np.random.Generator, shape: tuple[int, int, int]
     scores[generator.random(scores.shape) < generator.random()] = 0
     tag = generator.integers(0, n_modality, shape).astype(np.uint8)
     pos = np.sort(generator.integers(0, 10 * n_cell, shape).astype(np.int32), axis=-1)
-    return Observation(scores, tag, pos)
+    return Observation(tag, pos, scores=scores)
 
 
 @st.composite
@@ -115,7 +115,7 @@ def test_a_policy_that_breaks_the_contract_is_caught() -> None:
 
 def test_observation_is_read_only_and_leaves_the_callers_arrays_alone() -> None:
     scores, tag, pos = np.zeros((1, 1, 2, 3), np.float32), np.zeros((1, 1, 3), np.uint8), np.zeros((1, 1, 3), np.int32)
-    observation = Observation(scores, tag, pos)
+    observation = Observation(tag, pos, scores=scores)
     with pytest.raises(ValueError, match="read-only"):
         observation.scores[0] = 1
     scores[0, 0, 1, 2] = 1
@@ -125,18 +125,18 @@ def test_observation_is_read_only_and_leaves_the_callers_arrays_alone() -> None:
 def test_observation_refuses_what_does_not_fit() -> None:
     scores, tag, pos = np.zeros((1, 1, 2, 3), np.float32), np.zeros((1, 1, 3), np.uint8), np.zeros((1, 1, 3), np.int32)
     with pytest.raises(PolicyError, match="tag 2 has no scores"):
-        Observation(scores, tag + np.uint8(2), pos)
+        Observation(tag + np.uint8(2), pos, scores=scores)
     with pytest.raises(PolicyError, match="pos has the shape"):
-        Observation(scores, tag, pos[..., :2])
+        Observation(tag, pos[..., :2], scores=scores)
     with pytest.raises(PolicyError, match="scores: expected float32"):
-        Observation(scores.astype(np.float64), tag, pos)  # type: ignore[arg-type]
+        Observation(tag, pos, scores=scores.astype(np.float64))  # type: ignore[arg-type]
     with pytest.raises(PolicyError, match="nothing to select from"):
-        Observation(scores[..., :0], tag[..., :0], pos[..., :0])
+        Observation(tag[..., :0], pos[..., :0], scores=scores[..., :0])
 
 
 def test_scores_by_modality() -> None:
     scores = np.array([[1, 2, 3], [10, 20, 30], [100, 200, 300]], np.float32).reshape(1, 1, 3, 3)
-    observation = Observation(scores, np.array([[[0, 1, 2]]], np.uint8), np.zeros((1, 1, 3), np.int32))
+    observation = Observation(np.array([[[0, 1, 2]]], np.uint8), np.zeros((1, 1, 3), np.int32), scores=scores)
     assert observation.score_self.tolist() == [[[1, 20, 300]]]
     assert observation.score_cross.tolist() == [[[110, 202, 33]]]
 

@@ -120,7 +120,7 @@ def observation_of(record: dict[str, npt.NDArray[np.generic]]) -> Observation:
         q[:, :, -n_window:], k, modality[-n_window:], n_window, float(record["softmax_n"]), n_modality=2
     )
     pos = np.broadcast_to(np.arange(shape[2], dtype=np.int32), shape)
-    return Observation(window, np.broadcast_to(modality, shape), pos)
+    return Observation(np.broadcast_to(modality, shape), pos, scores=window)
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
@@ -181,7 +181,7 @@ def test_policy_is_the_kernel_with_the_shares_of_the_budget() -> None:
     generator = np.random.default_rng(3)
     scores = generator.random((2, 2, 2, 100), np.float32)
     observation = Observation(
-        scores, generator.integers(0, 2, (2, 2, 100)).astype(np.uint8), np.zeros((2, 2, 100), "i4")
+        generator.integers(0, 2, (2, 2, 100)).astype(np.uint8), np.zeros((2, 2, 100), "i4"), scores=scores
     )
     protected = np.zeros(observation.shape, np.bool_)
     protected[..., :4] = protected[..., 90:] = True
@@ -203,7 +203,7 @@ def test_pool() -> None:
 def test_pooling_keeps_neighbours() -> None:
     scores = np.zeros((1, 1, 1, 20), np.float32)
     scores[..., 8] = 1
-    observation = Observation(scores, np.zeros((1, 1, 20), np.uint8), np.zeros((1, 1, 20), np.int32))
+    observation = Observation(np.zeros((1, 1, 20), np.uint8), np.zeros((1, 1, 20), np.int32), scores=scores)
     nothing = np.zeros((1, 1, 20), np.bool_)
     assert CspPolicy(0, pool=1).select(observation, 4, nothing).tolist() == [[[0, 1, 8, 19]]]
     assert CspPolicy(0, pool=3).select(observation, 4, nothing).tolist() == [[[7, 8, 9, 19]]]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import edge_csp.context
 from edge_csp import Context, Pruning, Sampling, Session, VisionModel, make_policy, open_session, parse_budget
 from edge_csp.errors import BudgetError, ContextError, NativeError, PolicyError
 from edge_csp.native import IMAGE
@@ -46,6 +47,22 @@ def context(model: VisionModel) -> Iterator[Watched]:
 def bounded(context: Context, cells: int = CELLS, budget: str | None = None, **settings: Any) -> Session:
     pruning = Pruning(parse_budget(budget) if budget else None, cells=cells)
     return Session(context, pruning=pruning, **{"sampling": GREEDY, **settings})
+
+
+@pytest.mark.parametrize("policy", ["csp", "random"])
+def test_layers_are_chosen_in_groups_as_all_at_once(
+    context: Watched, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the scores of a large cache never lie in memory as a whole."""
+    chosen = []
+    for observed in (1 << 18, 1):
+        monkeypatch.setattr(edge_csp.context, "OBSERVED_CELLS", observed)
+        chat = Session(context, pruning=Pruning(parse_budget("30%"), make_policy(policy)), sampling=GREEDY)
+        ask(chat, "What is in picture 1?", *[picture(seed) for seed in range(3)])
+        chosen.append(context.cells()[0])
+        assert len(context.layer_groups()) == (1 if observed > 1 else 4)
+        context.clear()
+    assert np.array_equal(*chosen)
 
 
 def test_a_prompt_of_any_length_fits(context: Watched) -> None:
