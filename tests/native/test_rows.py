@@ -1,4 +1,4 @@
-"""Rows of the cache and queries of the window as floats: against the state of llama.cpp, and the graph's own tensors."""
+"""Rows of the cache and queries of the window as floats: against llama.cpp's state and the graph's own tensors."""
 
 from __future__ import annotations
 
