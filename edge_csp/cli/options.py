@@ -340,8 +340,9 @@ def opened(
     *,
     cells_of: Sequence[Message] = (),
     on_progress: Progress | None = None,
+    on_notice: Callable[[str], None] | None = None,
 ) -> Iterator[Session]:
-    """A session with these options; its notices go to stderr."""
+    """A session with these options. on_notice: told its notices; default: they go to stderr."""
     from edge_csp.cli.render import say
     from edge_csp.session import open_session
 
@@ -356,7 +357,7 @@ def opened(
                 cells_of=cells_of,
                 prune=prunes,
                 on_progress=on_progress,
-                on_notice=say,
+                on_notice=on_notice or say,
                 **settings,
                 **prompt.settings(),
                 **model.settings(),
