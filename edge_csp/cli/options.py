@@ -43,6 +43,10 @@ _prompt = partial(Option, rich_help_panel="Prompt")
 Threads = Annotated[
     int, _model("-t", "--threads", metavar="N", help="Threads; -1: the cores that this process may use.")
 ]
+Prompt = Annotated[str | None, _prompt("-p", "--prompt", metavar="TEXT", help="What to ask; -: read it from stdin.")]
+Images = Annotated[
+    list[Path], _prompt("--image", metavar="FILE", help="Picture that comes with the prompt; may be repeated.")
+]
 
 
 @dataclass(frozen=True)
@@ -264,12 +268,8 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class PromptOptions:
-    prompt: Annotated[
-        str | None, _prompt("-p", "--prompt", metavar="TEXT", help="What to ask; -: read it from stdin.")
-    ] = None
-    image: Annotated[
-        list[Path], _prompt("--image", metavar="FILE", help="Picture that comes with the prompt; may be repeated.")
-    ] = field(default_factory=list)
+    prompt: Prompt = None
+    image: Images = field(default_factory=list)
     system_prompt: Annotated[str | None, _prompt("-sys", "--system-prompt", metavar="TEXT", help="System message.")] = (
         None
     )

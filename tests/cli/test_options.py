@@ -40,7 +40,7 @@ def test_docs_are_up_to_date() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["chat"], ["run"], ["demo"], ["info"], ["bench", "speed"], ["bench", "milebench"]]
+    "command", [[], ["chat"], ["run"], ["demo"], ["map"], ["info"], ["bench", "speed"], ["bench", "milebench"]]
 )
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--help"]) == 0
