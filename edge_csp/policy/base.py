@@ -113,8 +113,10 @@ class Observation:
     @property
     def score_self(self) -> FloatArray:
         """f32 [n_layer, n_head_kv, n_cell], mass from the queries of the cell's own modality."""
-        scores: FloatArray = np.take_along_axis(self.scores, self.tag[:, :, None].astype(np.intp), axis=2)[:, :, 0]
-        return scores
+        own = self.scores[:, :, 0].copy()
+        for modality in range(1, self.scores.shape[2]):
+            np.copyto(own, self.scores[:, :, modality], where=self.tag == modality)
+        return own
 
     @property
     def score_cross(self) -> FloatArray:

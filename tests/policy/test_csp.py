@@ -186,8 +186,8 @@ def test_policy_is_the_kernel_with_the_shares_of_the_budget() -> None:
     protected = np.zeros(observation.shape, np.bool_)
     protected[..., :4] = protected[..., 90:] = True
     protected[1, 0, 20:23] = True
-    assert n_recent(protected) == 10
-    assert n_recent(np.ones((1, 1, 5), np.bool_)) == 5
+    assert n_recent(protected[0]) == n_recent(protected[1]) == 10
+    assert n_recent(np.ones((1, 5), np.bool_)) == 5
     cells = CspPolicy(cross_ratio=0.3, pool=1).select(observation, 40, protected)
     keep = kernels.csp_select(observation.score_self, observation.score_cross, protected, 21, 9, 40)
     assert np.array_equal(cells, np.nonzero(keep)[-1].reshape(2, 2, 40))
