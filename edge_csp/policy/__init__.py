@@ -9,11 +9,41 @@ from edge_csp.errors import PolicyError
 from edge_csp.policy.base import Observation, Policy
 from edge_csp.policy.csp import CspPolicy
 from edge_csp.policy.full import FullPolicy
+from edge_csp.policy.h2o import H2oPolicy
+from edge_csp.policy.keydiff import KeyDiffPolicy
+from edge_csp.policy.lookm import LookMPolicy
+from edge_csp.policy.snapkv import SnapKvPolicy
+from edge_csp.policy.streaming import StreamingPolicy
 from edge_csp.policy.uniform_random import RandomPolicy
 
-__all__ = ["POLICIES", "CspPolicy", "FullPolicy", "Observation", "Policy", "RandomPolicy", "make_policy"]
+__all__ = [
+    "POLICIES",
+    "CspPolicy",
+    "FullPolicy",
+    "H2oPolicy",
+    "KeyDiffPolicy",
+    "LookMPolicy",
+    "Observation",
+    "Policy",
+    "RandomPolicy",
+    "SnapKvPolicy",
+    "StreamingPolicy",
+    "make_policy",
+]
 
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (CspPolicy, FullPolicy, RandomPolicy)}
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy
+    for policy in (
+        CspPolicy,
+        SnapKvPolicy,
+        H2oPolicy,
+        LookMPolicy,
+        StreamingPolicy,
+        KeyDiffPolicy,
+        RandomPolicy,
+        FullPolicy,
+    )
+}
 
 
 def make_policy(name: str, **settings: Any) -> Policy:

@@ -1,7 +1,7 @@
 """Selection over the rows [n_layer, n_head_kv] of scores, in numpy and, where numba is installed, compiled.
 
-Both give the same cells. numba is imported at the first large selection only: importing and loading it takes longer
-than numpy needs for a small one.
+Both give the same cells. numba saves some 15 µs a row, but takes a third of a second to import and load: it is
+imported when a process has selected so many rows that it would have paid for itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from edge_csp.policy.base import BoolArray, FloatArray
 Array = TypeVar("Array", FloatArray, BoolArray)
 SelectRows = Callable[[FloatArray, FloatArray, BoolArray, int, int, int], BoolArray]
 
-COMPILE_FROM = 1 << 21  # cells of all rows together; below, numpy is done before numba is imported
+COMPILE_AFTER = 1 << 15  # rows that this process has selected
+_n_selected = 0
 
 
 def csp_select(
@@ -32,8 +33,10 @@ def csp_select(
     a ranking that runs out passes its places to the other one, then they go to the earliest cells. Ties go to the
     earlier cell.
     """
+    global _n_selected
     own, cross = _rows(scores_self), _rows(scores_cross)
-    select = compiled_select() if protected.size >= COMPILE_FROM else None
+    _n_selected += len(own)
+    select = compiled_select() if _n_selected >= COMPILE_AFTER else None
     return (select or select_numpy)(own, cross, _rows(protected), k_self, k_cross, n_keep).reshape(protected.shape)
 
 
