@@ -581,8 +581,9 @@ def open_session(
     """Open a model and a conversation with it; both are closed at the end of the `with` block.
 
     model, mmproj: GGUF files, see VisionModel. budget: "20%", 512 cells as "512", "64MiB", or None to keep everything.
-    policy: a name or a Policy. cells: the cache is bounded to so many cells or bytes, or to a share of the prompt
-    `cells_of`, and holds any conversation. pruning: all other pruning settings at once, instead of budget and policy.
+    policy: a Policy, or a name as for make_policy(). cells: the cache is bounded to so many cells or bytes, or to a
+    share of the prompt `cells_of`, and holds any conversation. pruning: all other pruning settings at once, instead of
+    budget and policy.
     context: further settings of Context (n_ctx, n_batch, type_k, type_v, flash_attn …).
 
     Raises EdgeCspError with one line that tells what is wrong with the files or the settings.

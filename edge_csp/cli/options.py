@@ -185,8 +185,18 @@ class PruningOptions:
         ),
     ] = None
     policy: Annotated[
-        str, _pruning("--policy", metavar="NAME", help="What chooses the cells: csp, random, or full (keeps all).")
+        str,
+        _pruning(
+            "--policy",
+            metavar="NAME",
+            help="What chooses the cells: csp, snapkv, h2o, lookm, streaming, keydiff, random, full (keeps all), or "
+            "your own: module:Class, file.py:Class (docs/policies.md).",
+        ),
     ] = "csp"
+    policy_set: Annotated[
+        list[str],
+        _pruning("--policy-set", metavar="NAME=VALUE", help="A setting of the policy; may be repeated."),
+    ] = field(default_factory=list)
     cross_ratio: Annotated[
         float | None,
         _pruning("--cross-ratio", metavar="R", help="csp: share of the cells that the other modality chooses, 0 to 1."),
@@ -196,7 +206,7 @@ class PruningOptions:
         _pruning(
             "--pool",
             metavar="N",
-            help="csp: average scores over N neighbouring cells; odd; 1: off, as published [default: 5].",
+            help="csp, snapkv: average scores over N neighbouring cells; odd; 1: off, csp as published [default: 5].",
         ),
     ] = None
     softmax_n: Annotated[float, _pruning("--softmax-n", metavar="N", help="n of the softmax that scores.")] = 1.0
@@ -213,7 +223,7 @@ class PruningOptions:
         given = {name: getattr(self, name) for name in ("cross_ratio", "pool") if getattr(self, name) is not None}
         return Pruning(
             parse_budget(budget) if budget else None,
-            make_policy(self.policy, **given),
+            make_policy(clean(self.policy), map(clean, self.policy_set), **given),
             n_obs=self.n_obs,
             n_recent=self.n_recent,
             n_sink=self.n_sink,
