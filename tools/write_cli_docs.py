@@ -19,7 +19,7 @@ HEAD = """\
 
 <!-- Written by tools/write_cli_docs.py; change the commands instead. -->
 
-`edge-csp chat`, `run`, `demo`, `plan`, `info`, `rpc-server` and `bench speed`, or `python -m edge_csp …`. Names are
+`edge-csp chat`, `run`, `demo`, `plan`, `info`, `rpc-server`, `bench quality` and `bench speed`, or `python -m edge_csp …`. Names are
 llama.cpp's where it has one.
 
 - Results go to stdout; notes, progress and errors to stderr. Progress bars appear only in a terminal.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,26 +165,18 @@ class Album:
     questions: list[tuple[str, str, str]]
 
 
-def make_album(seed: int, labels: Labels, n_pictures: int, n_per_kind: int, style: bool = False) -> Album:
-    """An album for a demonstration or a test: no two pictures alike, half of them named, codes in between.
-
-    Questions of every kind, the same number each; nothing is chosen by what a model answers. ``style`` types some
-    of them carelessly, as the training does.
-    """
-    rng = random.Random(f"album {seed} {n_pictures}")
+def _show(rng: random.Random, labels: Labels, n_pictures: int, known: Known) -> Iterator[tuple[int, list[Message]]]:
+    """Pictures one after the other, as a row of the pool and the parts of a message; `known` follows."""
     names = rng.sample(NAMES, n_pictures + 4)
     named = set(rng.sample(range(n_pictures), n_pictures // 2))
     coded = dict(zip(rng.sample(range(n_pictures), min(4, n_pictures)), names[n_pictures:], strict=False))
-    known = Known()
-    parts: list[Message] = []
-    pictures: list[int] = []
     for i in range(n_pictures):
+        parts: list[Message] = []
         if i in named:
             parts.append({"type": "text", "text": rng.choice(INTRODUCTIONS).format(name=names[i])})
         row = rng.randrange(len(labels))
         while any(tuple(labels[row][:2]) == scene[:2] for scene in known.scenes):
             row = rng.randrange(len(labels))
-        pictures.append(row)
         parts.append({"type": "image", "image": i})
         known.scenes.append(Scene(*(int(v) for v in labels[row])))
         known.numbers.append(i + 1)
@@ -193,6 +185,22 @@ def make_album(seed: int, labels: Labels, n_pictures: int, n_per_kind: int, styl
             known.codes[coded[i]] = f"{rng.randint(10, 99)} {rng.randint(10, 99)}"
             line = rng.choice(FACTS).format(name=coded[i], code=known.codes[coded[i]])
             parts.append({"type": "text", "text": line})
+        yield row, parts
+
+
+def make_album(seed: int, labels: Labels, n_pictures: int, n_per_kind: int, style: bool = False) -> Album:
+    """An album for a demonstration or a test: no two pictures alike, half of them named, codes in between.
+
+    Questions of every kind, the same number each; nothing is chosen by what a model answers. ``style`` types some
+    of them carelessly, as the training does.
+    """
+    rng = random.Random(f"album {seed} {n_pictures}")
+    known = Known()
+    parts: list[Message] = []
+    pictures: list[int] = []
+    for row, shown in _show(rng, labels, n_pictures, known):
+        pictures.append(row)
+        parts += shown
     questions: list[tuple[str, str, str]] = []
     for kind in QUESTIONS:
         answers: list[str] = []
@@ -205,3 +213,41 @@ def make_album(seed: int, labels: Labels, n_pictures: int, n_per_kind: int, styl
                 answers.append(found[1])
                 questions.append((kind, found[0], found[1]))
     return Album([{"role": "user", "content": parts}], pictures, questions)
+
+
+@dataclass(frozen=True)
+class ChatTurn:
+    """What a user sends: a new picture with what belongs to it, or nothing new; and a question with its answer.
+
+    picture: a row of a pool, None if nothing is new. kind: of the question.
+    """
+
+    parts: list[Message]
+    picture: int | None
+    kind: str
+    question: str
+    answer: str
+
+
+def make_chat(seed: int, labels: Labels, n_pictures: int) -> list[ChatTurn]:
+    """A chat in which pictures arrive one by one: every one comes with a question about itself, and from the second
+    on a turn follows with a question about something older. Pictures and facts are as in make_album().
+    """
+    rng = random.Random(f"chat {seed} {n_pictures}")
+    known, turns = Known(), list[ChatTurn]()
+
+    def turn(parts: list[Message], picture: int | None, about: Known) -> ChatTurn:
+        while (found := ask(rng, about, kind := rng.choice(list(QUESTIONS)), True)) is None:
+            pass
+        return ChatTurn(parts, picture, kind, found[0], found[1])
+
+    old_codes: dict[str, str] = {}
+    for row, parts in _show(rng, labels, n_pictures, known):
+        new_codes = {name: code for name, code in known.codes.items() if name not in old_codes}
+        new = Known(known.scenes[-1:], known.numbers[-1:], known.names[-1:], new_codes)
+        turns.append(turn(parts, row, new))
+        if len(known.scenes) > 1:
+            old = Known(known.scenes[:-1], known.numbers[:-1], known.names[:-1], dict(old_codes))
+            turns.append(turn([], None, old))
+        old_codes = dict(known.codes)
+    return turns

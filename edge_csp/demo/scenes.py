@@ -118,7 +118,8 @@ def _digit_mask(digit: Pixels, left: int, top: int, size: int, angle: float) -> 
     image = image.rotate(angle, resample=Image.Resampling.BILINEAR)
     mask = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
     mask[top : top + size, left : left + size] = np.asarray(image, dtype=np.float32) / 255.0
-    return np.clip(mask * 1.15, 0.0, 1.0)
+    coverage: Mask = np.clip(mask * 1.15, 0.0, 1.0)
+    return coverage
 
 
 def _place(rng: np.random.Generator, a: int, b: int) -> tuple[int, int, int, int]:
