@@ -19,8 +19,8 @@ HEAD = """\
 
 <!-- Written by tools/write_cli_docs.py; change the commands instead. -->
 
-`edge-csp chat`, `run`, `demo`, `plan`, `info`, `rpc-server`, `bench quality` and `bench speed`, or `python -m edge_csp …`. Names are
-llama.cpp's where it has one.
+`edge-csp chat`, `run`, `demo`, `plan`, `info`, `rpc-server`, `bench quality` and `bench speed`, or
+`python -m edge_csp …`. Names are llama.cpp's where it has one.
 
 - Results go to stdout; notes, progress and errors to stderr. Progress bars appear only in a terminal.
 - Exit status: 0, 1 after an error (one line on stderr), 2 for wrong usage, 130 after Ctrl-C.

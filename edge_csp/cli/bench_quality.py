@@ -111,7 +111,9 @@ def _run(
     with _progress() as progress:
         records = run(settings, out, limit=limit, on_progress=progress)
     found = reports.Summaries(settings, records, against)
-    stdout().print(reports.table(found))
+    table = reports.table(found)
+    width = stdout().measure(table, options=stdout().options.update(max_width=1000)).maximum
+    stdout().print(table, width=width, crop=False)  # as wide as it is: a policy may have many settings
     if report:
         _write(report, reports.markdown(found))
     if plot:

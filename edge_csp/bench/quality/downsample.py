@@ -4,37 +4,67 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+import time
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_csp import native
-from edge_csp.chat import Message
+from edge_csp.bench.quality import cache
+from edge_csp.bench.quality.cache import Kept, State
+from edge_csp.bench.quality.reading import Reading, content_parts
 from edge_csp.context import Context
 from edge_csp.errors import BenchError, NativeError
-from edge_csp.images import Picture
-from edge_csp.model import PicturePart, TokenPart, VisionModel
+from edge_csp.model import Part, PicturePart, TokenPart, VisionModel
 
 Embeddings = NDArray[np.float32]
 
 
-def read(context: Context, text: str, messages: Sequence[Message], n_each: int) -> None:
-    """Evaluate a rendered prompt in an empty sequence, with at most n_each tokens per part of a picture.
+class Shrunk:
+    """An album with fewer picture tokens, read once for each number of them."""
 
-    Raises BenchError if the model's pictures are no square grids at positions one after the other.
-    """
-    context.clear()
-    model = context.model
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
+        parts = _parts(reading)
+        self._n_part = max(1, sum(isinstance(part, PicturePart) for part in parts))
+        self._n_text = sum(len(part.tokens) for part in parts if isinstance(part, TokenPart))
+        self._states: dict[int, tuple[State, float]] = {}
+
+    def read(self, n_cell: int) -> tuple[Kept, float]:
+        """Have it in the cache in at most n_cell cells, or with one token for every part of a picture. Returns the
+        cells and the seconds of reading it.
+
+        Raises BenchError if the model's pictures are no square grids at positions one after the other.
+        """
+        context = self._reading.context
+        n_each = max(1, (n_cell - self._n_text) // self._n_part)
+        if n_each not in self._states:
+            began = time.perf_counter()
+            self._evaluate(n_each)
+            self._states[n_each] = cache.save(context), time.perf_counter() - began
+        state, seconds = self._states[n_each]
+        cache.restore(context, state)
+        return cache.kept(context.cells()[1]), seconds
+
+    def _evaluate(self, n_each: int) -> None:
+        context = self._reading.context
+        context.clear()
+        for part in _parts(self._reading):
+            if isinstance(part, TokenPart):
+                cache.decode(context, part.tokens)
+            else:
+                check(context.model, part)
+                _decode(context, average(context.model.encode(part), n_each))
+
+
+def _parts(reading: Reading) -> list[Part]:
+    model, text = reading.context.model, reading.text
+    pictures = [
+        part["picture"] for message in reading.messages for part in content_parts(message) if part["type"] == "image"
+    ]
     bos = model.info.bos_token
-    for part in model.tokenize(text, pictures_of(messages), add_special=not (bos and text.startswith(bos))):
-        if isinstance(part, TokenPart):
-            for begin in range(0, len(part.tokens), context.n_batch):
-                context.decode_tokens(part.tokens[begin : begin + context.n_batch])
-        else:
-            check(model, part)
-            _decode(context, average(model.encode(part), n_each))
+    return model.tokenize(text, pictures, add_special=not (bos and text.startswith(bos)))
 
 
 def check(model: VisionModel, part: PicturePart) -> None:
@@ -91,19 +121,3 @@ def _decode(context: Context, embeddings: Embeddings) -> None:
         if status := llama_cpp.llama_decode(context.handle, batch):
             raise NativeError(f"llama.cpp failed to evaluate: {native.last_log_error()}", status=status)
         context.n_past += n
-
-
-def n_picture_cell(context: Context, text: str, messages: Sequence[Message]) -> int:
-    """Cells of the pictures of a rendered prompt, with all their tokens."""
-    parts = context.model.tokenize(text, pictures_of(messages))
-    return sum(part.n_cell for part in parts if isinstance(part, PicturePart))
-
-
-def pictures_of(messages: Sequence[Message]) -> list[Picture]:
-    return [
-        part["picture"]
-        for message in messages
-        if not isinstance(message["content"], str)
-        for part in message["content"]
-        if part["type"] == "image"
-    ]

@@ -53,7 +53,7 @@ class Summaries:
 
 def is_ahead(summary: Summary) -> bool:
     """Of the reference, with no more cells than the budget."""
-    return not summary.is_over and summary.from_reference is not None and summary.from_reference.is_below
+    return not summary.is_over and summary.to_reference is not None and summary.to_reference.low > 0
 
 
 def percent(share: float) -> str:
@@ -172,25 +172,16 @@ def _about(found: Summaries) -> str:
 
 
 def _against(found: Summaries) -> str:
-    ahead = found.ahead()
     head = f"### Where `{found.against}` is behind\n\n"
-    if not ahead:
-        return f"{head}Nowhere by more than the interval.\n"
     rows = [
-        [
-            one.protocol,
-            one.budget,
-            f"`{one.policy}`",
-            f"{100 * one.from_reference.mean:+.1f}",
-            interval(one.from_reference),
-        ]
-        for one in ahead
-        if one.from_reference
+        [one.protocol, one.budget, f"`{one.policy}`", interval(one.to_reference), f"{one.n}"]
+        for one in found.ahead()
+        if one.to_reference
     ]
-    return f"{head}Percentage points, with the 95 % interval.\n\n" + _markdown_table(
-        ["protocol", "budget", "policy", "behind by", "interval"],
-        [[cell.replace("-", "−") if i > 2 else cell for i, cell in enumerate(row)] for row in rows],
-    )
+    if not rows:
+        return f"{head}Nowhere by more than the interval.\n"
+    words = "The 95 % interval of the difference, in percentage points.\n\n"
+    return head + words + _markdown_table(["protocol", "budget", "policy", "ahead by", "answers"], rows)
 
 
 def _details(found: Summaries, words: Any) -> str:

@@ -14,7 +14,8 @@ from typing import Any
 
 from edge_csp import __version__
 from edge_csp.bench.quality.albums import Album, Source
-from edge_csp.bench.quality.protocols import N_CHAT, PROTOCOLS, Plan, measure, open_context
+from edge_csp.bench.quality.protocols import PROTOCOLS, Plan, measure
+from edge_csp.bench.quality.reading import N_CHAT, open_context
 from edge_csp.bench.quality.records import KEY, Key, Records, key_of
 from edge_csp.bench.quality.specs import Spec, parse_spec
 from edge_csp.budget import parse_budget

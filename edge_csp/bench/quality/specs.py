@@ -73,12 +73,16 @@ def _settings(text: str, given: str) -> dict[str, Any]:
     return found
 
 
+AFTERWARDS = frozenset({"scores", "key_norm", "keys"})
+"""What can be measured of a cache that was read without it in mind; the rest has to be recorded or run meanwhile."""
+
+
 def groups(specs: Sequence[Spec]) -> list[list[Spec]]:
     """Specs that can look at the same cache: everything that is read or run before the eviction is the same."""
     found: dict[Any, list[Spec]] = {}
     for spec in specs:
         if spec.policy is not None:
-            found.setdefault((repr(spec.overrides), frozenset(spec.policy.needs)), []).append(spec)
+            found.setdefault((repr(spec.overrides), spec.policy.needs - AFTERWARDS), []).append(spec)
     return list(found.values())
 
 

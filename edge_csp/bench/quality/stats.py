@@ -21,15 +21,6 @@ class Difference:
     low: float
     high: float
 
-    @property
-    def is_above(self) -> bool:
-        """More than the interval above zero."""
-        return self.low > 0
-
-    @property
-    def is_below(self) -> bool:
-        return self.high < 0
-
 
 def difference(values: Sequence[float], clusters: Sequence[Hashable], *, n_resample: int = N_RESAMPLE) -> Difference:
     """Mean of the values with its interval by bootstrap: whole clusters are drawn with replacement, as many as there
@@ -47,11 +38,12 @@ def difference(values: Sequence[float], clusters: Sequence[Hashable], *, n_resam
 
 @dataclass(frozen=True)
 class Summary:
-    """Of all answers of a policy at a budget in a protocol. Shares 0 .. 1, cells and milliseconds are means.
+    """Of all answers of a policy at a budget in a protocol. Shares 0 .. 1; cells are means.
     is_over: with more cells than the budget, somewhere.
 
     full: accuracy of the full cache on the same questions. same: exact agreement with it. to_full: accuracy minus that
-    of the full cache; from_reference: of the reference policy minus that of this one, None without the same questions.
+    of the full cache; to_reference: minus that of the reference policy, None without the same questions. evict_ms,
+    extra_ms: medians, the first time loads what is compiled.
     """
 
     protocol: str
@@ -71,7 +63,7 @@ class Summary:
     extra_token: float
     extra_ms: float
     to_full: Difference
-    from_reference: Difference | None = None
+    to_reference: Difference | None = None
 
 
 def protocol_of(record: Row) -> str:
@@ -103,6 +95,9 @@ def _summary(key: tuple[str, str, str], rows: list[Row], reference: Mapping[Hash
     def mean(name: str) -> float:
         return float(np.mean([row[name] for row in rows]))
 
+    def median(name: str) -> float:
+        return float(np.median([row[name] for row in rows]))
+
     paired = [row for row in rows if _question_of(row) in reference]
     return Summary(
         protocol=key[0],
@@ -118,11 +113,11 @@ def _summary(key: tuple[str, str, str], rows: list[Row], reference: Mapping[Hash
         is_over=any(row["n_cell"] > row["n_budget"] for row in rows),
         kept_text=mean("kept_text"),
         kept_picture=mean("kept_picture"),
-        evict_ms=1000 * mean("evict_s"),
+        evict_ms=1000 * median("evict_s"),
         extra_token=mean("extra_token"),
-        extra_ms=1000 * mean("extra_s"),
+        extra_ms=1000 * median("extra_s"),
         to_full=_paired(rows, lambda row: float(row["right"]) - float(row["full_right"])),
-        from_reference=_paired(paired, lambda row: float(reference[_question_of(row)]) - float(row["right"]))
+        to_reference=_paired(paired, lambda row: float(row["right"]) - float(reference[_question_of(row)]))
         if paired
         else None,
     )
