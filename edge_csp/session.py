@@ -33,6 +33,7 @@ from edge_csp.items import Item, PromptEnd, common_length, common_text, items_of
 from edge_csp.model import PicturePart, Progress, VisionModel
 from edge_csp.patches import PictureMap, TurnUse, picture_maps, turn_uses
 from edge_csp.policy import Policy, make_policy
+from edge_csp.policy.base import IntArray
 from edge_csp.pruning import Layout, Pruner, Pruning, Span
 from edge_csp.sampling import Sampler, Sampling
 
@@ -400,6 +401,13 @@ class Session:
         Raises BudgetError if the budget is smaller than one cell, or than the pinned cells.
         """
         return self._count_eviction(self._pruner.prune, self.n_token)
+
+    def select(self, n_cell: int) -> IntArray:
+        """The cells that would stay if n_cell were to, i32 [n_layer, n_head_kv, n_keep]; nothing is evicted.
+
+        Raises BudgetError if the pinned cells are more.
+        """
+        return self._pruner.select(n_cell)
 
     def _layout(self) -> Layout:
         bounds, position, was_picture = [], 0, False

@@ -19,7 +19,7 @@ HEAD = """\
 
 <!-- Written by tools/write_cli_docs.py; change the commands instead. -->
 
-`edge-csp chat`, `run`, `demo`, `map`, `plan`, `info`, `rpc-server`, `bench speed`, `bench milebench` and
+`edge-csp chat`, `run`, `demo`, `map`, `plan`, `info`, `rpc-server` and `bench speed`, `quality`, `milebench` and
 `milebench-score`, or `python -m edge_csp …`. Names are llama.cpp's where it has one.
 
 - Results go to stdout; notes, progress and errors to stderr. Progress bars appear only in a terminal.

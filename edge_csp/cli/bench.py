@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edge_csp.cli import bench_milebench
+from edge_csp.cli.bench_quality import quality
 from edge_csp.cli.options import demo_files
 from edge_csp.errors import BenchError
 
@@ -23,6 +24,9 @@ SECTIONS = "decode,overhead,prefill,memory,eviction,turns"
 @app.callback()
 def _start() -> None:
     """Measure pruning on this machine."""
+
+
+app.command("quality")(quality)
 
 
 @app.command("speed")

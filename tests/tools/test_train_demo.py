@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge_csp.demo import albums as demo_albums
+from edge_csp.demo import scenes as demo_scenes
 from tools.train_demo import MMPROJ_FILE, NAME, TEXT_FILE, albums, chat
 
 CONVERSATIONS = [
@@ -103,18 +105,18 @@ def test_conversation_answers_follow_from_what_was_said() -> None:
         for target, answer in zip(c.targets, answers, strict=True):
             if target.kind == "describe_number":
                 row = c.pictures[c.numbers.index(target.number)]
-                assert answer == albums.describe(albums.Scene(*labels[row]))
+                assert answer == demo_albums.describe(demo_scenes.Scene(*labels[row]))
             elif target.kind == "code":
                 assert any(name == target.name and answer.rstrip(".") in line for line, name in c.facts.items())
 
 
 def test_album_is_fixed_by_its_seed_and_asks_everything() -> None:
     labels = _labels()
-    album = albums.make_album(4, labels, 12, 2)
-    assert album == albums.make_album(4, labels, 12, 2)
-    assert album != albums.make_album(5, labels, 12, 2)
-    assert {kind for kind, _, _ in album.questions} == set(albums.QUESTIONS)
-    assert len(album.questions) == 2 * len(albums.QUESTIONS)
+    album = demo_albums.make_album(4, labels, 12, 2)
+    assert album == demo_albums.make_album(4, labels, 12, 2)
+    assert album != demo_albums.make_album(5, labels, 12, 2)
+    assert {kind for kind, _, _ in album.questions} == set(demo_albums.QUESTIONS)
+    assert len(album.questions) == 2 * len(demo_albums.QUESTIONS)
     seen = [tuple(labels[row][:2]) for row in album.pictures]
     assert len(set(seen)) == 12
 
@@ -129,6 +131,9 @@ def test_digits_held_out_are_disjoint() -> None:
     assert len(split.train) + len(split.held_out) == len(images)
     assert len(split.held_out) == scenes.N_HELD_OUT_DIGITS
     assert set(targets[split.held_out]) == set(range(10))
+    shipped, labels = demo_scenes.held_out_digits()
+    assert np.array_equal(shipped, images[split.held_out])
+    assert np.array_equal(labels, targets[split.held_out])
 
 
 def test_pictures_are_fixed_by_their_seed() -> None:
@@ -138,21 +143,20 @@ def test_pictures_are_fixed_by_their_seed() -> None:
     pictures, labels = scenes.make_scenes(6, seed=2, held_out=True)
     again, _ = scenes.make_scenes(6, seed=2, held_out=True)
     other, _ = scenes.make_scenes(6, seed=2, held_out=False)
+    shipped, _ = demo_scenes.held_out_scenes(6, seed=2)
     assert pictures.shape == (6, 64, 64, 3)
     assert pictures.dtype == np.uint8
     assert labels.shape == (6, 3)
     assert np.array_equal(pictures, again)
+    assert np.array_equal(pictures, shipped)
     assert not np.array_equal(pictures, other)
 
 
 @pytest.mark.parametrize("shape", range(8))
 def test_every_shape_shows_its_color(shape: int) -> None:
-    pytest.importorskip("sklearn")
-    from tools.train_demo import scenes
-
-    digits, targets = scenes.load_digit_images()
-    scene = scenes.Scene(0, shape, int(targets[0]))
-    picture = scenes.draw_scene(scene, digits[0], np.random.default_rng(shape)).astype(int)
+    digits, targets = demo_scenes.held_out_digits()
+    scene = demo_scenes.Scene(0, shape, int(targets[0]))
+    picture = demo_scenes.draw_scene(scene, digits[0], np.random.default_rng(shape)).astype(int)
     red = (picture[..., 0] > 150) & (picture[..., 1] < 80) & (picture[..., 2] < 80)
     assert 60 < red.sum() < 1300
 
@@ -171,16 +175,13 @@ def test_embedded_files_are_what_the_trainer_writes() -> None:
 
 
 def test_embedded_album_is_what_its_seed_draws() -> None:
-    pytest.importorskip("sklearn")
     from PIL import Image
 
-    from tools.train_demo import scenes
-
     stored = json.loads((DEMO / "album" / "album.json").read_text(encoding="utf-8"))
-    pool, labels = scenes.make_scenes(albums.DEMO_POOL, albums.DEMO_POOL_SEED + 1, held_out=True)
-    album = albums.make_album(1, labels, albums.DEMO_PICTURES, 2)
+    pool, labels = demo_scenes.held_out_scenes(demo_albums.DEMO_POOL, demo_albums.DEMO_POOL_SEED + 1)
+    album = demo_albums.make_album(1, labels, demo_albums.DEMO_PICTURES, 2)
     assert [(q["kind"], q["q"], q["a"]) for q in stored["questions"]] == album.questions
     names = [part["image"] for part in stored["messages"][0]["content"] if part["type"] == "image"]
-    assert len(names) == albums.DEMO_PICTURES
+    assert len(names) == demo_albums.DEMO_PICTURES
     for name, row in zip(names, album.pictures, strict=True):
         assert np.array_equal(np.asarray(Image.open(DEMO / "album" / name)), pool[row])

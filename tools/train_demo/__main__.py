@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from edge_csp.demo.albums import DEMO_PICTURES, DEMO_POOL, DEMO_POOL_SEED, make_album
+from edge_csp.demo.scenes import held_out_scenes
+
 from . import MMPROJ_FILE, TEXT_FILE
-from .albums import DEMO_PICTURES, DEMO_POOL, DEMO_POOL_SEED, make_album
 from .check import check, show
 from .export import export
 from .scenes import make_scenes
@@ -29,7 +31,7 @@ NOTE = (
 
 def write_album(seed: int, out: Path) -> None:
     """Write the embedded album: 12 held-out pictures and two questions of every kind."""
-    pool, labels = make_scenes(DEMO_POOL, DEMO_POOL_SEED + seed, held_out=True)
+    pool, labels = held_out_scenes(DEMO_POOL, DEMO_POOL_SEED + seed)
     album = make_album(seed, labels, DEMO_PICTURES, 2)
     folder = out / "album"
     folder.mkdir(parents=True, exist_ok=True)

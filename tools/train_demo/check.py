@@ -19,10 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from edge_csp.demo.albums import Album, make_album
+from edge_csp.demo.scenes import held_out_scenes
+
 from . import MMPROJ_FILE, TEXT_FILE
-from .albums import Album, make_album, tokenizer
+from .albums import tokenizer
 from .chat import Message, segments
-from .scenes import make_scenes
 
 CHECK_SEED = 7_000_000  # far away from any training seed
 MAX_ANSWER = 24
@@ -157,7 +159,7 @@ def check(
     seed: int = CHECK_SEED,
 ) -> dict[str, Any]:
     """Accuracy per album size; of the first ``n_torch`` albums also agreement with torch, and pruned caches there."""
-    pool, labels = make_scenes(1500, seed, held_out=True)
+    pool, labels = held_out_scenes(1500, seed)
     llama = LlamaCpp(text, mmproj)
     reference = None
     if n_torch > 0:

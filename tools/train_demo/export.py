@@ -8,10 +8,11 @@ import gguf
 import numpy as np
 from torch import Tensor, nn
 
+from edge_csp.demo.scenes import IMAGE_SIZE
+
 from . import MMPROJ_FILE, NAME, TEXT_FILE, language, vision
 from .albums import tokenizer
 from .chat import BOS, END, PAD, TEMPLATE
-from .scenes import IMAGE_SIZE
 
 
 def _add(writer: gguf.GGUFWriter, name: str, tensor: Tensor) -> None:

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .albums import Album, tokenizer
+from edge_csp.demo.albums import Album
+
+from .albums import tokenizer
 from .chat import segments
 from .language import N_EMBD as N_EMBD_TEXT
 from .language import N_HEAD, N_HEAD_KV, LanguageModel, causal_attention

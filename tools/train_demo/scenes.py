@@ -1,52 +1,20 @@
-"""Pictures of the demo: one coloured shape and one handwritten digit on a shaded background, 64x64 RGB.
+"""Pictures to train on: edge_csp.demo draws them, the digits are scikit-learn's ``load_digits`` (1,797 samples of 8x8).
 
-The digits are scikit-learn's ``load_digits`` (1,797 samples of 8x8 pixels). A fixed part of them is held out: held-out
-pictures show handwriting that the model has never seen.
+A fixed part of the digits is held out. The package brings these along, so that albums can be drawn without
+scikit-learn: ``python -m tools.train_demo.scenes`` writes the file.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
 
-IMAGE_SIZE = 64
+from edge_csp.demo.scenes import HELD_OUT, draw_scenes
+
 N_HELD_OUT_DIGITS = 300
 _SPLIT_SEED = 1797  # the split never depends on the training seed
-_OVERSAMPLE = 4
-_GRID = 8  # pixels; one patch of the encoder, which learns far faster from aligned strokes
-
-COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (205, 30, 35),
-    "orange": (245, 135, 20),
-    "yellow": (240, 220, 40),
-    "green": (35, 145, 55),
-    "blue": (35, 70, 205),
-    "purple": (125, 40, 165),
-    "pink": (245, 130, 185),
-    "black": (15, 15, 15),
-}
-SHAPES = ("circle", "square", "triangle", "cross", "star", "ring", "diamond", "heart")
-
-
-class Scene(NamedTuple):
-    """What a picture shows: indices into COLORS and SHAPES, and the digit."""
-
-    color: int
-    shape: int
-    digit: int
-
-    @property
-    def color_name(self) -> str:
-        return list(COLORS)[self.color]
-
-    @property
-    def shape_name(self) -> str:
-        return SHAPES[self.shape]
 
 
 @dataclass(frozen=True)
@@ -73,110 +41,20 @@ def split_digits(n_samples: int = 1797) -> DigitSplit:
     return DigitSplit(train=np.sort(order[N_HELD_OUT_DIGITS:]), held_out=np.sort(order[:N_HELD_OUT_DIGITS]))
 
 
-def _polygon(shape: str, angle: float) -> list[tuple[float, float]]:
-    """Outline of a shape in the unit circle."""
-
-    def ring(n: int, radii: tuple[float, ...], start: float) -> list[tuple[float, float]]:
-        return [
-            (radii[i % len(radii)] * math.cos(start + 2 * math.pi * i / n),
-             radii[i % len(radii)] * math.sin(start + 2 * math.pi * i / n))
-            for i in range(n)
-        ]  # fmt: skip
-
-    up = -math.pi / 2
-    if shape == "square":
-        points = ring(4, (1.0,), up + math.pi / 4)
-    elif shape == "diamond":
-        points = [(0.0, -1.0), (0.7, 0.0), (0.0, 1.0), (-0.7, 0.0)]
-    elif shape == "triangle":
-        points = ring(3, (1.0,), up)
-    elif shape == "star":
-        points = ring(10, (1.0, 0.42), up)
-    elif shape == "cross":
-        w = 0.34
-        arm = [(-w, -1.0), (w, -1.0), (w, -w)]
-        points = [(x * c - y * s, x * s + y * c) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1)) for x, y in arm]
-    elif shape == "heart":
-        points = []
-        for i in range(40):
-            t = 2 * math.pi * i / 40
-            y = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
-            points.append((math.sin(t) ** 3, -(y + 2.5) / 15))
-    else:
-        raise ValueError(f"no outline for shape {shape!r}")
-    c, s = math.cos(angle), math.sin(angle)
-    return [(c * x - s * y, s * x + c * y) for x, y in points]
-
-
-def _shape_mask(shape: str, cx: float, cy: float, radius: float, angle: float) -> np.ndarray:
-    """Anti-aliased coverage of a shape, (64, 64) in 0..1."""
-    k = _OVERSAMPLE
-    mask = Image.new("L", (IMAGE_SIZE * k, IMAGE_SIZE * k), 0)
-    draw = ImageDraw.Draw(mask)
-    x, y, r = cx * k, cy * k, radius * k
-    if shape in ("circle", "ring"):
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=255)
-        if shape == "ring":
-            inner = 0.58 * r
-            draw.ellipse((x - inner, y - inner, x + inner, y + inner), fill=0)
-    else:
-        draw.polygon([(x + r * px, y + r * py) for px, py in _polygon(shape, angle)], fill=255)
-    return np.asarray(mask.reduce(k), dtype=np.float32) / 255.0
-
-
-def _digit_mask(digit: np.ndarray, left: int, top: int, size: int, angle: float) -> np.ndarray:
-    """Coverage of an upscaled handwritten digit, (64, 64) in 0..1."""
-    image = Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC)
-    image = image.rotate(angle, resample=Image.Resampling.BILINEAR)
-    mask = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
-    mask[top : top + size, left : left + size] = np.asarray(image, dtype=np.float32) / 255.0
-    return np.clip(mask * 1.15, 0.0, 1.0)
-
-
-def _place(rng: np.random.Generator, a: int, b: int) -> tuple[int, int, int, int]:
-    """Corners of two non-overlapping boxes of sides a and b, a + b <= 64, on a coarse grid."""
-    while True:
-        ax, ay = (_GRID * int(v) for v in rng.integers(0, (IMAGE_SIZE - a) // _GRID + 1, 2))
-        bx, by = (_GRID * int(v) for v in rng.integers(0, (IMAGE_SIZE - b) // _GRID + 1, 2))
-        if ax + a <= bx or bx + b <= ax or ay + a <= by or by + b <= ay:
-            return ax, ay, bx, by
-
-
-def draw_scene(scene: Scene, digit_image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draw a scene at random places and sizes; returns (64, 64, 3) uint8."""
-    dark = rng.random() < 0.3
-    base = rng.uniform(70, 110) if dark else rng.uniform(165, 225)
-    tint = rng.uniform(-14, 14, 3)
-    slope = rng.uniform(-18, 18, 2)
-    ramp = np.linspace(-1, 1, IMAGE_SIZE, dtype=np.float32)
-    shade = slope[0] * ramp[:, None] + slope[1] * ramp[None, :]
-    canvas = (base + shade)[:, :, None] + tint + rng.normal(0, rng.uniform(1, 6), (IMAGE_SIZE, IMAGE_SIZE, 1))
-
-    shape_size = int(rng.integers(24, 33))
-    digit_size = 24
-    sx, sy, dx, dy = _place(rng, shape_size, digit_size)
-    color = np.array(list(COLORS.values())[scene.color]) + rng.uniform(-10, 10, 3)
-    radius = shape_size / 2
-    mask = _shape_mask(SHAPES[scene.shape], sx + radius, sy + radius, radius, math.radians(rng.uniform(-12, 12)))
-    canvas += mask[:, :, None] * (color - canvas)
-
-    ink = rng.uniform(235, 255) if dark else rng.uniform(0, 35)
-    mask = _digit_mask(digit_image, dx, dy, digit_size, float(rng.uniform(-10, 10)))
-    canvas += mask[:, :, None] * (ink - canvas)
-    return np.clip(np.round(canvas), 0, 255).astype(np.uint8)
-
-
 def make_scenes(n: int, seed: int, held_out: bool) -> tuple[np.ndarray, np.ndarray]:
     """Draw n random scenes; returns pictures (n, 64, 64, 3) uint8 and labels (n, 3) of color, shape, digit."""
     images, targets = load_digit_images()
     split = split_digits(len(images))
     pool = split.held_out if held_out else split.train
-    rng = np.random.default_rng([seed, int(held_out)])
-    pictures = np.empty((n, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-    labels = np.empty((n, 3), dtype=np.int64)
-    for i in range(n):
-        sample = int(rng.choice(pool))
-        scene = Scene(int(rng.integers(len(COLORS))), int(rng.integers(len(SHAPES))), int(targets[sample]))
-        pictures[i] = draw_scene(scene, images[sample], rng)
-        labels[i] = scene
-    return pictures, labels
+    return draw_scenes(np.random.default_rng([seed, int(held_out)]), n, images[pool], targets[pool])
+
+
+def main() -> None:
+    images, targets = load_digit_images()
+    pool = split_digits(len(images)).held_out
+    np.savez_compressed(HELD_OUT, images=images[pool], labels=targets[pool].astype(np.uint8))
+    print(f"wrote {HELD_OUT}")
+
+
+if __name__ == "__main__":
+    main()

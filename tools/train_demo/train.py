@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .albums import MAX_PICTURES, NAMES, QUESTIONS, Conversation, make_conversation, tokenizer
+from edge_csp.demo.albums import NAMES, QUESTIONS
+from edge_csp.demo.scenes import COLORS, SHAPES
+
+from .albums import MAX_PICTURES, Conversation, make_conversation, tokenizer
 from .chat import ASSISTANT, END, PAD, segments
 from .language import N_EMBD as N_EMBD_TEXT
 from .language import LanguageModel, causal_attention
 from .optim import MuonAdamW, cpu_seconds, schedule
-from .scenes import COLORS, SHAPES
 from .vision import N_TOKENS, Projector
 
 NONE = -100  # the index that cross_entropy ignores

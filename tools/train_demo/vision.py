@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edge_csp.demo.scenes import COLORS, IMAGE_SIZE, SHAPES
+
 from .optim import MuonAdamW, cpu_seconds, schedule
-from .scenes import COLORS, IMAGE_SIZE, SHAPES
 
 PATCH = 8
 N_TOKENS = (IMAGE_SIZE // PATCH) ** 2

@@ -1,0 +1,198 @@
+"""What is shown and asked: albums drawn for the embedded model, or a folder of the user's own (docs/quality.md)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edge_csp.chat import Message
+from edge_csp.errors import BenchError
+from edge_csp.images import Picture, load_picture
+
+N_POOL = 48
+"""Scenes that the pictures of an album are drawn from."""
+SEED = 20_000_000
+"""Far away from the seeds of the embedded album and of the trainer's check."""
+MOST_PICTURES = 16
+"""The embedded model has never seen more."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """kind: what is asked for, any word. accepted: answers that are right; how they are compared: normalised()."""
+
+    kind: str
+    text: str
+    accepted: tuple[str, ...]
+
+    def is_right(self, answer: str) -> bool:
+        return normalised(answer) in map(normalised, self.accepted)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A message of a long conversation: the parts that come with a question, and the question."""
+
+    parts: list[dict[str, Any]]
+    question: Question
+
+
+@dataclass(frozen=True)
+class Album:
+    """name: tells albums apart. messages: what is read first. questions: asked after it. turns: of the conversation
+    in which pictures arrive one by one; it has nothing to do with the messages.
+    """
+
+    name: str
+    n_picture: int
+    messages: list[Message]
+    questions: list[Question]
+    turns: list[Turn]
+
+
+def normalised(answer: str) -> str:
+    """Answers that differ in letter case, blanks or a full stop at the end are the same."""
+    return " ".join(answer.casefold().split()).rstrip(".").rstrip()
+
+
+def draw_album(index: int, n_picture: int, n_question: int, seed: int) -> Album:
+    """An album that the embedded model can read, of digits that it has never seen: the same one for the same numbers.
+
+    Questions are of all kinds in turn, some of them typed carelessly. Raises BenchError for too few or many pictures.
+    """
+    from PIL import Image
+
+    from edge_csp.demo.albums import QUESTIONS, make_album, make_chat
+    from edge_csp.demo.scenes import held_out_scenes
+
+    if not 2 <= n_picture <= MOST_PICTURES:
+        raise BenchError(f"albums of {n_picture} pictures cannot be drawn: 2 to {MOST_PICTURES}")
+    own = SEED + 100_000 * seed + index
+    pool, labels = held_out_scenes(N_POOL, own)
+    drawn = make_album(own, labels, n_picture, -(-n_question // len(QUESTIONS)), style=True)
+
+    def shown(parts: Sequence[dict[str, Any]], rows: Sequence[int | None]) -> list[dict[str, Any]]:
+        return [
+            {"type": "image", "picture": load_picture(Image.fromarray(pool[rows[part["image"]]]), name=f"{index}.png")}
+            if part["type"] == "image"
+            else dict(part)
+            for part in parts
+        ]
+
+    questions = [Question(kind, text, (answer,)) for kind, text, answer in drawn.questions]
+    random.Random(f"questions {own}").shuffle(questions)
+    chat = make_chat(own, labels, n_picture)
+    rows = [turn.picture for turn in chat if turn.picture is not None]
+    return Album(
+        str(index),
+        n_picture,
+        [{**message, "content": shown(message["content"], drawn.pictures)} for message in drawn.messages],
+        questions[:n_question],
+        [
+            Turn(shown(turn.parts, rows), Question(_about(turn.picture) + turn.kind, turn.question, (turn.answer,)))
+            for turn in chat
+        ],
+    )
+
+
+def _about(picture: int | None) -> str:
+    return "old " if picture is None else "new "
+
+
+def read_albums(folder: Path) -> list[Album]:
+    """The albums of a folder: of `album.json` in it, or of every folder in it that has one, in the order of names.
+
+    Raises BenchError naming the file and what is wrong with it, ImageError for a picture.
+    """
+    if not folder.is_dir():
+        raise BenchError(f"{folder} is no folder")
+    files = [folder / "album.json"] if (folder / "album.json").is_file() else sorted(folder.glob("*/album.json"))
+    if not files:
+        raise BenchError(f"{folder}: neither album.json nor folders with one")
+    return [_read_album(file, folder) for file in files]
+
+
+def _read_album(file: Path, folder: Path) -> Album:
+    pictures: dict[str, Picture] = {}
+
+    def part(given: dict[str, Any]) -> dict[str, Any]:
+        if given["type"] == "text":
+            return {"type": "text", "text": str(given["text"])}
+        if given["type"] != "image":
+            raise ValueError(f"a part is of type {given['type']!r}: use text or image")
+        name = str(given["image"])
+        if name not in pictures:
+            pictures[name] = load_picture(file.parent / name)
+        return {"type": "image", "picture": pictures[name]}
+
+    def parts(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{"type": "text", "text": given}] if isinstance(given, str) else [part(one) for one in given]
+
+    def question(given: dict[str, Any]) -> Question:
+        answers = [given["a"]] if isinstance(given["a"], str) else list(given["a"])
+        if not answers or not all(isinstance(answer, str) for answer in answers):
+            raise ValueError(f"the answer of {given['q']!r} is no text and no list of texts")
+        return Question(str(given.get("kind", "")), str(given["q"]), tuple(answers))
+
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        messages: list[dict[str, Any]] = [
+            {"role": str(one["role"]), "content": parts(one["content"])} for one in data.get("messages", [])
+        ]
+        questions = [question(one) for one in data.get("questions", [])]
+        turns = [Turn(parts(one["content"]), question(one)) for one in data.get("turns", [])]
+        if not questions and not turns:
+            raise ValueError("neither questions nor turns")
+        if bool(messages) != bool(questions):
+            raise ValueError("messages and questions belong together")
+    except OSError as error:
+        raise BenchError(f"{file} cannot be read ({error.strerror or error})") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        missing = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise BenchError(f"{file} is no album: {missing}") from error
+    name = file.parent.name if file.parent != folder else folder.name
+    shown = [one for message in messages for one in message["content"]] or [one for turn in turns for one in turn.parts]
+    n_picture = sum(one["type"] == "image" for one in shown)
+    return Album(name, n_picture, list(messages), questions, turns)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where albums come from: a folder, or drawn ones of these numbers of pictures."""
+
+    n_album: int
+    n_question: int
+    seed: int = 1
+    n_pictures: tuple[int, ...] = ()
+    folder: Path | None = None
+
+    def ids(self) -> list[tuple[int, int]]:
+        """(pictures, number) of every album; Source.album() makes it."""
+        if self.folder is None:
+            return [(n, index) for n in self.n_pictures for index in range(self.n_album)]
+        return [(album.n_picture, index) for index, album in enumerate(read_albums(self.folder)[: self.n_album])]
+
+    def album(self, n_picture: int, index: int) -> Album:
+        if self.folder is None:
+            return draw_album(index, n_picture, self.n_question, self.seed)
+        album = read_albums(self.folder)[index]
+        return replace(album, questions=album.questions[: self.n_question])
+
+    def digest(self) -> str:
+        """Of all files of the folder; empty for drawn albums."""
+        if self.folder is None:
+            return ""
+        digest = hashlib.sha256()
+        for file in _files(self.folder):
+            digest.update(f"{file.relative_to(self.folder).as_posix()} {file.stat().st_size} ".encode())
+            digest.update(file.read_bytes())
+        return digest.hexdigest()[:16]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (file for file in sorted(folder.rglob("*")) if file.is_file())

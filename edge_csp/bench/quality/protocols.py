@@ -1,0 +1,213 @@
+"""When cells are evicted, and what is asked then. Every protocol compares with the full cache on the same questions.
+
+window   The album and the question are read, then cells are evicted; the last token of the prompt is read again from
+         what is left. So the question chose the cells, and every token of the answer comes from them.
+first    As the runtime does it: the album and the question are read, which gives the first token of the answer; then
+         cells are evicted, and the rest comes from what is left.
+before   The album is read and pruned; then questions come, each on its own.
+later    As `first`, then further questions in the same chat, without another eviction. The answers in the chat are
+         those of the full cache, so that all policies are asked the same.
+bounded  A long conversation in a bounded cache, which evicts while it reads; a picture arrives, a question about it
+         follows, then one about something older. The answers in the chat are again those of the full cache.
+
+The eviction is chosen by a session with everything that belongs to it, on a cache that has just been read. All policies
+and budgets choose from it, before any cell goes; then the cache is put back for each of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from edge_csp.bench.quality import cache, downsample
+from edge_csp.bench.quality.albums import Album
+from edge_csp.bench.quality.cache import State
+from edge_csp.bench.quality.reading import FULL, Asked, Pair, Reading, Record, Selection, turn_messages
+from edge_csp.bench.quality.specs import Spec, groups
+from edge_csp.budget import Budget
+from edge_csp.context import Context
+from edge_csp.errors import BenchError
+from edge_csp.policy.base import IntArray
+from edge_csp.session import MIN_CELLS, Session
+
+PROTOCOLS = ("window", "first", "before", "later", "bounded")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure on an album. wanted: tells of a protocol, a policy, a budget (as written) and the number of a
+    question whether that answer is still missing.
+    """
+
+    specs: Sequence[Spec]
+    budgets: Sequence[Budget]
+    protocols: Sequence[str]
+    n_predict: int
+    wanted: Callable[[str, str, str, int], bool]
+
+    def lacks(self, pair: Pair, numbers: Mapping[str, Sequence[int]]) -> bool:
+        """True if an answer to one of these questions, by protocol, is missing."""
+        spec, budget = pair
+        return any(
+            protocol in self.protocols and self.wanted(protocol, spec.text, budget.text, number)
+            for protocol, questions in numbers.items()
+            for number in questions
+        )
+
+    def pairs(self, specs: Sequence[Spec], numbers: Mapping[str, Sequence[int]]) -> list[Pair]:
+        every = [(spec, budget) for spec in specs for budget in self.budgets]
+        return [pair for pair in every if self.lacks(pair, numbers)]
+
+
+def measure(context: Context, album: Album, plan: Plan) -> Iterator[Record]:
+    """Every answer that is missing on an album."""
+    for record in _measure(context, album, plan):
+        if plan.wanted(record.protocol, record.policy, record.budget, record.question):
+            yield record
+
+
+def _measure(context: Context, album: Album, plan: Plan) -> Iterator[Record]:
+    if album.questions and set(plan.protocols) - {"bounded"}:
+        reading = Reading(context, album, plan.n_predict)
+        for group in groups(plan.specs):
+            yield from ask_now(reading, plan, group)
+            yield from ask_before(reading, plan, group)
+        for spec in plan.specs:
+            if spec.policy is None:
+                yield from ask_downsampled(reading, plan, spec)
+    if album.turns and "bounded" in plan.protocols:
+        yield from ask_bounded(context, album, plan)
+
+
+def ask_now(reading: Reading, plan: Plan, group: Sequence[Spec]) -> Iterator[Record]:
+    """`window`, `first` and `later`: the question chooses what stays."""
+    for number in range(len(reading.album.questions)):
+        chat = reading.chats.get(number, []) if "later" in plan.protocols else []
+        later = [one.number for one in chat]
+        pairs = plan.pairs(group, {"window": [number], "first": [number], "later": later})
+        if not pairs:
+            continue
+        asked = reading.asked(number)
+        selections = _choose_now(reading, asked, pairs)
+        state = reading.before_last(asked)
+        for chosen in selections:
+            pair = chosen.spec, chosen.budget
+            if plan.lacks(pair, {"window": [number]}):
+                yield ask_window(reading, state, chosen, asked)
+            if plan.lacks(pair, {"first": [number]}):
+                yield next(ask_first(reading, state, chosen, "first", [asked]))
+            if plan.lacks(pair, {"later": later}):
+                yield from ask_first(reading, state, chosen, "later", chat)
+
+
+def _choose_now(reading: Reading, asked: Asked, pairs: Sequence[Pair]) -> list[Selection]:
+    """With the album and the question in the cache."""
+    n_token = reading.n_token + len(asked.tail)
+    session = reading.read(pairs[0][0].pruning(), asked.question)
+    if session.n_token != n_token:
+        raise BenchError(f"{asked.question.text!r} changes the prompt before it: the chat template cannot be measured")
+    return reading.select(session, pairs, n_token)
+
+
+def ask_window(reading: Reading, before_last: State, chosen: Selection, asked: Asked) -> Record:
+    context = reading.context
+    cache.restore(context, before_last)
+    seconds = _keep(context, None if chosen.cells is None else chosen.cells[..., :-1])
+    got = cache.answer(context, cache.decode(context, asked.tail[-1:]), asked.full, reading.n_predict)
+    return asked.record("window", chosen, got, seconds)
+
+
+def ask_first(
+    reading: Reading, before_last: State, chosen: Selection, protocol: str, chat: Sequence[Asked]
+) -> Iterator[Record]:
+    """The first question of the chat chose the cells."""
+    context = reading.context
+    cache.restore(context, before_last)
+    now = cache.decode(context, chat[0].tail[-1:])
+    seconds = _keep(context, chosen.cells)
+    for asked in chat:
+        if asked.turn:
+            now = cache.decode(context, asked.tail)
+        got = cache.answer(context, now, asked.full, reading.n_predict)
+        yield asked.record(protocol, chosen, got, seconds)
+
+
+def ask_before(reading: Reading, plan: Plan, group: Sequence[Spec]) -> Iterator[Record]:
+    """One eviction for all questions."""
+    context, numbers = reading.context, range(len(reading.album.questions))
+    pairs = plan.pairs(group, {"before": numbers})
+    if not pairs:
+        return
+    every = [reading.asked(number) for number in numbers]
+    for chosen in reading.select(reading.read(pairs[0][0].pruning()), pairs, reading.n_token):
+        cache.restore(context, reading.state)
+        seconds = _keep(context, chosen.cells)
+        for asked in every:
+            got = cache.answer(context, cache.decode(context, asked.tail), asked.full, reading.n_predict)
+            cache.rewind(context, reading.state.n_past)
+            yield asked.record("before", chosen, got, seconds)
+
+
+def _keep(context: Context, cells: IntArray | None) -> float:
+    """Evict all others; seconds."""
+    began = time.perf_counter()
+    if cells is not None and cells.shape[2] < context.n_cell:
+        context.keep(cells)
+    return time.perf_counter() - began
+
+
+def ask_downsampled(reading: Reading, plan: Plan, spec: Spec) -> Iterator[Record]:
+    """Fewer picture tokens, as many as fit into the cells of a budget beside all text, and at least one of a picture.
+    Nothing is evicted: the protocols differ in the budget and in what was asked before.
+    """
+    context, album = reading.context, downsample.Shrunk(reading)
+    every = [[reading.asked(number)] for number in range(len(reading.album.questions))]
+    chats = {"window": every, "first": every, "before": every, "later": list(reading.chats.values())}
+    for protocol in (name for name in chats if name in plan.protocols):
+        for chat in chats[protocol]:
+            n_tail = 0 if protocol == "before" else len(chat[0].tail)
+            for _, budget in plan.pairs([spec], {protocol: [asked.number for asked in chat]}):
+                n_token = reading.n_token + n_tail
+                n_budget = budget.cells(n_token, context.bytes_per_cell)
+                kept, seconds = album.read(n_budget - n_tail)
+                n_cell = round(kept.text + kept.picture) + n_tail
+                chosen = Selection(spec, budget, None, n_token, n_budget, n_cell, kept, 0.0)
+                for asked in chat:
+                    now = cache.decode(context, asked.tail)
+                    got = cache.answer(context, now, asked.full, reading.n_predict)
+                    yield asked.record(protocol, chosen, got, extra_s=seconds)
+
+
+def ask_bounded(context: Context, album: Album, plan: Plan) -> Iterator[Record]:
+    """Sessions as a user has them; only their answers are read here, and taken back."""
+    numbers = {"bounded": range(len(album.turns))}
+    pairs = [pair for pair in plan.pairs(plan.specs, numbers) if pair[0].policy is not None]
+    if not pairs:
+        return
+    every, n_token = _full_turns(context, album, plan.n_predict)
+    for spec, budget in pairs:
+        n_budget = max(MIN_CELLS, budget.cells(n_token, context.bytes_per_cell))
+        context.clear()
+        session = Session(context, pruning=spec.pruning(None if spec.keeps_all else n_budget))
+        for asked in every:
+            seconds = session.counters.evict_s
+            session.prefill(turn_messages(album, asked.number + 1, every))
+            session.prune()
+            seconds = session.counters.evict_s - seconds
+            _, tags = context.cells()
+            chosen = Selection(spec, budget, None, session.n_token, n_budget, tags.shape[2], cache.kept(tags), seconds)
+            got = cache.answer(context, cache.log_probs(context), asked.full, plan.n_predict)
+            yield asked.record("bounded", chosen, got)
+
+
+def _full_turns(context: Context, album: Album, n_predict: int) -> tuple[list[Asked], int]:
+    """The conversation with the full cache, and the cells that it fills."""
+    context.clear()
+    session = Session(context, pruning=FULL)
+    every: list[Asked] = []
+    for number, turn in enumerate(album.turns):
+        session.prefill(turn_messages(album, number + 1, every))
+        full = cache.reference(context, cache.log_probs(context), n_predict)
+        every.append(Asked(number, turn.question, (), full, number))
+    return every, session.n_token

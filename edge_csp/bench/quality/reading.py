@@ -1,0 +1,261 @@
+"""An album in a context: its prompt, what the full cache answers, what policies choose from it, and the records."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from edge_csp.bench.quality import cache
+from edge_csp.bench.quality.albums import Album, Question
+from edge_csp.bench.quality.cache import Answer, Kept, Reference, State
+from edge_csp.bench.quality.specs import Spec, n_window
+from edge_csp.budget import Budget
+from edge_csp.chat import MEDIA_MARKER, Message
+from edge_csp.context import Context
+from edge_csp.errors import BenchError, TemplateError
+from edge_csp.items import items_of
+from edge_csp.model import TokenPart, VisionModel
+from edge_csp.policy import FullPolicy
+from edge_csp.policy.base import IntArray
+from edge_csp.pruning import Pruning
+from edge_csp.session import Session
+
+FULL = Pruning(policy=FullPolicy())
+N_CHAT = 8
+"""Questions of a chat in `later`: the first one chooses the cells."""
+TURN = 32
+"""Tokens that a template may add to a turn, at most; cells are set aside for them."""
+ACKNOWLEDGEMENT = "Okay."
+"""Said by the assistant between album and question, where the template refuses two messages of the user in a row."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """An answer. n_token: cells without pruning, when cells were evicted. n_budget: those that may stay; n_cell: those
+    that did; kept_text and kept_picture: of these, means over layers and KV heads. turn: of the chat. evict_s: seconds
+    of choosing and moving the cells that the answer came from. extra_token, extra_s: what was run besides for them.
+    """
+
+    protocol: str
+    policy: str
+    budget: str
+    question: int
+    turn: int
+    kind: str
+    n_token: int
+    n_budget: int
+    n_cell: int
+    kept_text: float
+    kept_picture: float
+    answer: str
+    full: str
+    right: bool
+    full_right: bool
+    same: bool
+    kl: float
+    evict_s: float
+    extra_token: int = 0
+    extra_s: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(self).items()}
+
+
+Pair = tuple[Spec, Budget]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What stays. cells: i32 [n_layer, n_head_kv, n_keep], None where nothing has to be evicted any more. n_token,
+    n_budget, n_cell, kept: see Record. seconds: of choosing them.
+    """
+
+    spec: Spec
+    budget: Budget
+    cells: IntArray | None
+    n_token: int
+    n_budget: int
+    n_cell: int
+    kept: Kept
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question, the tokens that it adds, what the full cache answers, and where that is recorded."""
+
+    number: int
+    question: Question
+    tail: tuple[int, ...]
+    full: Reference
+    turn: int = 0
+
+    def record(
+        self, protocol: str, chosen: Selection, got: Answer, seconds: float = 0.0, *, extra_s: float = 0.0
+    ) -> Record:
+        """seconds: of moving the cells."""
+        return Record(
+            protocol=protocol,
+            policy=chosen.spec.text,
+            budget=chosen.budget.text,
+            question=self.number,
+            turn=self.turn,
+            kind=self.question.kind,
+            n_token=chosen.n_token,
+            n_budget=chosen.n_budget,
+            n_cell=chosen.n_cell,
+            kept_text=chosen.kept.text,
+            kept_picture=chosen.kept.picture,
+            answer=got.text,
+            full=self.full.text,
+            right=self.question.is_right(got.text),
+            full_right=self.question.is_right(self.full.text),
+            same=got.same,
+            kl=got.kl,
+            evict_s=chosen.seconds + seconds,
+            extra_s=extra_s,
+        )
+
+
+class Reading:
+    """An album in a context: the state with all its cells, and what the full cache answers."""
+
+    def __init__(self, context: Context, album: Album, n_predict: int) -> None:
+        self.context, self.album, self.n_predict = context, album, n_predict
+        self.messages = album.messages
+        self._template = Session(context, pruning=FULL).template
+        try:
+            self._text([])
+            self._text([album.questions[0]])
+        except TemplateError:
+            self.messages = [*album.messages, {"role": "assistant", "content": ACKNOWLEDGEMENT}]
+        session = self.read(FULL)
+        self.n_token = session.n_token
+        self.state: State = cache.save(context)
+        self._asked: dict[int, Asked] = {}
+
+    def _text(self, questions: Sequence[Question], answers: Sequence[str] = ()) -> str:
+        return self._template.render([*self.messages, *chat_messages(questions, answers)], bool(questions))
+
+    @property
+    def text(self) -> str:
+        """The rendered album."""
+        return self._text([])
+
+    def read(self, pruning: Pruning, question: Question | None = None) -> Session:
+        """A session that has just read the album, and the question."""
+        self.context.clear()
+        session = Session(self.context, pruning=pruning)
+        session.prefill(self.messages, add_generation_prompt=False)
+        if question:
+            session.prefill([*self.messages, *chat_messages([question])])
+        return session
+
+    def _tail(self, questions: Sequence[Question], answers: Sequence[str] = ()) -> tuple[int, ...]:
+        """Tokens that the last one of these questions adds, with the answer before it."""
+        text, before = self._text(questions, answers), self._text(questions[:-1], answers[:-1])
+        return new_tokens(self.context.model, text, before)
+
+    def asked(self, number: int) -> Asked:
+        """A question right after the album."""
+        if number not in self._asked:
+            question = self.album.questions[number]
+            tail = self._tail([question])
+            cache.restore(self.context, self.state)
+            full = cache.reference(self.context, cache.decode(self.context, tail), self.n_predict)
+            self._asked[number] = Asked(number, question, tail, full)
+        return self._asked[number]
+
+    @cached_property
+    def chats(self) -> dict[int, list[Asked]]:
+        """Chats of questions one after the other, by the number of their first question."""
+        chats = {}
+        for begin in range(0, len(self.album.questions), N_CHAT):
+            questions = self.album.questions[begin : begin + N_CHAT]
+            if len(questions) == N_CHAT or (begin == 0 and len(questions) > 1):
+                chats[begin] = self._chat(begin, questions)
+        return chats
+
+    def _chat(self, begin: int, questions: Sequence[Question]) -> list[Asked]:
+        cache.restore(self.context, self.state)
+        chat: list[Asked] = []
+        for turn, question in enumerate(questions):
+            tail = self._tail(questions[: turn + 1], [asked.full.text for asked in chat])
+            full = cache.reference(self.context, cache.decode(self.context, tail), self.n_predict)
+            chat.append(Asked(begin + turn, question, tail, full, turn))
+        return chat
+
+    def before_last(self, asked: Asked) -> State:
+        """All of the album and the question but its last token."""
+        cache.restore(self.context, self.state)
+        if asked.tail[:-1]:
+            cache.decode(self.context, asked.tail[:-1])
+        return cache.save(self.context)
+
+    def select(self, session: Session, pairs: Sequence[Pair], n_token: int) -> list[Selection]:
+        """What stays with each policy and budget. A share is one of n_token tokens. Nothing is evicted."""
+        _, tags = self.context.cells()
+        found = []
+        for spec, budget in pairs:
+            session.pruning = spec.pruning()
+            n_budget = budget.cells(n_token, self.context.bytes_per_cell)
+            began = time.perf_counter()
+            cells = None if spec.keeps_all else session.select(n_budget)
+            seconds = time.perf_counter() - began
+            n_cell = tags.shape[2] if cells is None else cells.shape[2]
+            found.append(Selection(spec, budget, cells, n_token, n_budget, n_cell, cache.kept(tags, cells), seconds))
+        return found
+
+
+def turn_messages(album: Album, n_turn: int, answered: Sequence[Asked]) -> list[Message]:
+    """Messages of the first turns up to the question of the last one."""
+    messages: list[Message] = []
+    for number, turn in enumerate(album.turns[:n_turn]):
+        messages.append({"role": "user", "content": [*turn.parts, {"type": "text", "text": turn.question.text}]})
+        if number < n_turn - 1:
+            messages.append({"role": "assistant", "content": answered[number].full.text})
+    return messages
+
+
+def chat_messages(questions: Sequence[Question], answers: Sequence[str] = ()) -> list[Message]:
+    """Messages of questions, each but for the last followed by its answer."""
+    messages: list[Message] = []
+    for number, question in enumerate(questions):
+        messages.append({"role": "user", "content": question.text})
+        if number < len(answers):
+            messages.append({"role": "assistant", "content": answers[number]})
+    return messages
+
+
+def new_tokens(model: VisionModel, text: str, before: str) -> tuple[int, ...]:
+    """Tokens of what a longer text adds. Raises BenchError if it does not go on from there."""
+    if not text.startswith(before):
+        raise BenchError(f"{model.info.path}: its chat template rewrites earlier turns, so nothing can be asked later")
+    parts = model.tokenize(text[len(before) :])
+    return tuple(token for part in parts if isinstance(part, TokenPart) for token in part.tokens)
+
+
+def open_context(model: VisionModel, album: Album, specs: Sequence[Spec], n_predict: int, **settings: Any) -> Context:
+    """A context that holds the album with a chat about it, or all its turns."""
+    chat = [
+        *(part for message in album.messages for part in content_parts(message)),
+        *({"type": "text", "text": question.text} for question in album.questions),
+    ]
+    turns = [part for turn in album.turns for part in [*turn.parts, {"type": "text", "text": turn.question.text}]]
+    n_cell = max(_n_cell(model, chat), _n_cell(model, turns))
+    n_turn = max(N_CHAT, len(album.turns))
+    return Context(model, n_ctx=n_cell + n_turn * (n_predict + TURN), n_window=n_window(specs), **settings)
+
+
+def _n_cell(model: VisionModel, parts: list[dict[str, Any]]) -> int:
+    text = "\n".join(part["text"] if part["type"] == "text" else MEDIA_MARKER for part in parts)
+    pictures = [part["picture"] for part in parts if part["type"] == "image"]
+    return sum(item.n_cell for item in items_of(model.tokenize(text, pictures)))
+
+
+def content_parts(message: Message) -> list[dict[str, Any]]:
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)

@@ -1,0 +1,244 @@
+"""What the records say: a table for a terminal, Markdown with everything, plots."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from edge_csp import __version__
+from edge_csp.bench.quality.protocols import PROTOCOLS
+from edge_csp.bench.quality.run import Settings
+from edge_csp.bench.quality.stats import Difference, Row, Summary, summarise
+from edge_csp.errors import BenchError
+
+REPORTED = tuple(one for name in PROTOCOLS for one in ((name, "later, first") if name == "later" else (name,)))
+WORDS = {
+    "window": "Question in the window, all of the answer from what is left",
+    "first": "Question in the window, first token of the answer from the full prefill (what the runtime does)",
+    "before": "Pruned before the question",
+    "later": "Later questions in a chat that was pruned on the first one",
+    "later, first": "That first question itself",
+    "bounded": "A long conversation in a bounded cache",
+}
+AHEAD = "▲"
+"""Marks a policy that is ahead of the reference by more than the interval."""
+OVER = "†"
+"""Marks what has more cells than the budget, because text alone takes more; it is not compared."""
+
+
+class Summaries:
+    """Summaries by protocol, policy and budget."""
+
+    def __init__(self, settings: Settings, records: Sequence[Row], against: str | None) -> None:
+        self.settings, self.records, self.against = settings, records, against
+        self.found = {(one.protocol, one.policy, one.budget): one for one in summarise(records, against)}
+        self.protocols = [name for name in REPORTED if any(key[0] == name for key in self.found)]
+
+    def row(self, protocol: str, policy: str) -> list[Summary | None]:
+        """One for each budget."""
+        return [self.found.get((protocol, policy, budget)) for budget in self.settings.budgets]
+
+    def policies(self, protocol: str) -> list[str]:
+        return [policy for policy in self.settings.policies if any(self.row(protocol, policy))]
+
+    def ahead(self) -> list[Summary]:
+        """Where a policy is ahead of the reference by more than the interval."""
+        order = [self.found[key] for name in self.protocols for key in self.found if key[0] == name]
+        return [one for one in order if is_ahead(one)]
+
+
+def is_ahead(summary: Summary) -> bool:
+    """Of the reference, with no more cells than the budget."""
+    return not summary.is_over and summary.to_reference is not None and summary.to_reference.low > 0
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def interval(difference: Difference) -> str:
+    """Percentage points."""
+    return f"{100 * difference.low:+.1f} … {100 * difference.high:+.1f}".replace("-", "−")
+
+
+def table(found: Summaries) -> Table:
+    """Accuracy in percent, and the difference to the full cache in percentage points."""
+    out = Table(box=None, padding=(0, 2, 0, 0))
+    out.add_column("", no_wrap=True)
+    for budget in found.settings.budgets:
+        out.add_column(budget, justify="right", no_wrap=True)
+    for protocol in found.protocols:
+        out.add_row(f"[bold]{protocol}[/bold] (full {_full(found, protocol)})")
+        for policy in found.policies(protocol):
+            out.add_row(f"  {policy}", *(_short(one) for one in found.row(protocol, policy)))
+    return out
+
+
+def _full(found: Summaries, protocol: str) -> str:
+    every = [one for key, one in found.found.items() if key[0] == protocol]
+    return percent(max(every, key=lambda one: one.n).full)
+
+
+def _short(one: Summary | None) -> str:
+    if one is None:
+        return "-"
+    return f"{percent(one.accuracy)} ({100 * one.to_full.mean:+.1f})".replace("-", "−") + _marks(one)
+
+
+def _cell(one: Summary | None) -> str:
+    if one is None:
+        return "-"
+    return f"{percent(one.accuracy)} ({interval(one.to_full)})" + _marks(one)
+
+
+def _marks(one: Summary) -> str:
+    if one.is_over and one.share < 1:
+        return f" {OVER}"
+    return f" {AHEAD}" if is_ahead(one) else ""
+
+
+def command(found: Summaries) -> str:
+    """That measures the same; models by the names that they have in records."""
+    settings, source = found.settings, found.settings.source
+    words = ["edge-csp", "bench", "quality"]
+    for model in settings.models:
+        words += ["-m", model.name]
+    for policy in settings.policies:
+        words += ["--policy", policy]
+    words += ["--protocol", ",".join(settings.protocols), "--budget", ",".join(settings.budgets)]
+    if source.folder:
+        words += ["--folder", source.folder.name]
+    else:
+        words += ["--pictures", ",".join(map(str, source.n_pictures)), "--seed", str(source.seed)]
+    words += ["--albums", str(source.n_album), "--questions", str(source.n_question), "-n", str(settings.n_predict)]
+    return shlex.join(words + (["--against", found.against] if found.against else []))
+
+
+def markdown(found: Summaries) -> str:
+    """The whole report."""
+    settings = found.settings
+    parts = [
+        "# Quality\n",
+        "<!-- Written by `edge-csp bench quality --report`; run that again instead of changing this file. -->\n",
+        _about(found),
+        "## Accuracy\n",
+        "Right answers in percent; in brackets the 95 % interval of the difference to the full cache on the same "
+        "questions, in percentage points"
+        + (f"; {AHEAD}: ahead of `{found.against}` by more than the interval" if found.against else "")
+        + f"; {OVER}: with more cells than the budget, because text alone takes more.\n",
+    ]
+    for protocol in found.protocols:
+        rows = [[f"`{policy}`", *map(_cell, found.row(protocol, policy))] for policy in found.policies(protocol)]
+        n = max(one.n for key, one in found.found.items() if key[0] == protocol)
+        parts.append(f"**{WORDS[protocol]}** (`{protocol}`): {n} answers each, full cache {_full(found, protocol)}\n")
+        parts.append(_markdown_table(["policy", *settings.budgets], rows))
+    if found.against:
+        parts.append(_against(found))
+    parts += ["## Agreement with the full cache\n", "Exactly the same answer in percent; KL divergence in nats.\n"]
+    parts.append(_details(found, lambda one: f"{percent(one.same)} / {one.kl:.3f}"))
+    parts += [
+        "## Cells\n",
+        "Cells that stay of text + pictures, means over layers, KV heads and evictions; in brackets their share.\n",
+    ]
+    parts.append(_details(found, lambda one: f"{one.kept_text:.0f} + {one.kept_picture:.0f} ({percent(one.share)})"))
+    parts += [
+        "## Cost\n",
+        "Milliseconds of choosing and moving cells, per eviction (`bounded`: per turn); extra tokens and their "
+        "milliseconds.\n",
+    ]
+    parts.append(_details(found, lambda one: f"{one.evict_ms:.1f}; {one.extra_token:.0f}, {one.extra_ms:.1f}"))
+    for name, words in (("model", "model"), ("n_picture", "number of pictures")):
+        values = list(dict.fromkeys(record[name] for record in found.records))
+        if len(values) > 1:
+            parts += [f"## By {words}\n", "Right answers in percent.\n", _by(found, name, values)]
+    return "\n".join(parts)
+
+
+def _about(found: Summaries) -> str:
+    settings, source = found.settings, found.settings.source
+    albums = {(record["n_picture"], record["album"]) for record in found.records}
+    where = f"the folder `{source.folder.name}`" if source.folder else f"drawn with seed {source.seed}"
+    pictures = ", ".join(str(n) for n in sorted({n for n, _ in albums}))
+    return (
+        f"    {command(found)}\n\n"
+        f"{len(found.records)} answers; models: {', '.join(model.name for model in settings.models)}; "
+        f"{len(albums)} albums of {pictures} pictures ({where}); greedy, at most {settings.n_predict} tokens; "
+        f"edge-csp {__version__}. What protocols, policies and columns mean: [bench.md](bench.md#quality).\n"
+    )
+
+
+def _against(found: Summaries) -> str:
+    head = f"### Where `{found.against}` is behind\n\n"
+    rows = [
+        [one.protocol, one.budget, f"`{one.policy}`", interval(one.to_reference), f"{one.n}"]
+        for one in found.ahead()
+        if one.to_reference
+    ]
+    if not rows:
+        return f"{head}Nowhere by more than the interval.\n"
+    words = "The 95 % interval of the difference, in percentage points.\n\n"
+    return head + words + _markdown_table(["protocol", "budget", "policy", "ahead by", "answers"], rows)
+
+
+def _details(found: Summaries, words: Any) -> str:
+    rows = [
+        [protocol, f"`{policy}`", *("-" if one is None else words(one) for one in found.row(protocol, policy))]
+        for protocol in found.protocols
+        for policy in found.policies(protocol)
+    ]
+    return _markdown_table(["protocol", "policy", *found.settings.budgets], rows)
+
+
+def _by(found: Summaries, name: str, values: Sequence[Any]) -> str:
+    parts = {
+        value: Summaries(found.settings, [row for row in found.records if row[name] == value], None) for value in values
+    }
+    rows = []
+    for protocol in found.protocols:
+        for policy in found.policies(protocol):
+            for i, budget in enumerate(found.settings.budgets):
+                ones = [parts[value].row(protocol, policy)[i] for value in values]
+                rows.append(
+                    [protocol, f"`{policy}`", budget, *("-" if one is None else percent(one.accuracy) for one in ones)]
+                )
+    return _markdown_table(["protocol", "policy", "budget", *map(str, values)], rows)
+
+
+def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def write_plot(path: Path, found: Summaries) -> None:
+    """Accuracy against the cells that stay, a panel per protocol. Raises BenchError if the file cannot be written."""
+    from matplotlib.figure import Figure
+
+    n = max(1, len(found.protocols))
+    columns = min(3, n)
+    rows = -(-n // columns)
+    figure = Figure(figsize=(5.5 * columns, 4 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, protocol in zip(panels, found.protocols, strict=False):
+        axes.set(title=protocol, xlabel="cells that stay, %", ylabel="right answers, %")
+        for policy in found.policies(protocol):
+            ones = sorted((one for one in found.row(protocol, policy) if one), key=lambda one: one.share)
+            if all(one.share == 1 for one in ones):
+                axes.axhline(100 * ones[0].accuracy, linestyle="--", color="grey", label=policy)
+                continue
+            share, right = [100 * one.share for one in ones], [100 * one.accuracy for one in ones]
+            axes.plot(share, right, "o-", label=policy)
+            low = [100 * (one.full + one.to_full.low) for one in ones]
+            high = [100 * (one.full + one.to_full.high) for one in ones]
+            axes.fill_between(share, low, high, alpha=0.15)
+        axes.set(xscale="log", ylim=(0, 101))
+        axes.legend(fontsize="small")
+    for axes in panels[len(found.protocols) :]:
+        axes.set_visible(False)
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise BenchError(f"{path} cannot be written ({getattr(error, 'strerror', None) or error})") from error

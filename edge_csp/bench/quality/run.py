@@ -1,0 +1,290 @@
+"""Measure: albums are jobs, worker processes take one after the other, and the parent writes what they find."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import queue
+import signal
+import traceback
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_csp import __version__
+from edge_csp.bench.quality.albums import Album, Source
+from edge_csp.bench.quality.protocols import PROTOCOLS, Plan, measure
+from edge_csp.bench.quality.reading import N_CHAT, open_context
+from edge_csp.bench.quality.records import KEY, Key, Records, key_of
+from edge_csp.bench.quality.specs import Spec, parse_spec
+from edge_csp.budget import parse_budget
+from edge_csp.errors import BenchError, EdgeCspError
+from edge_csp.model import VisionModel
+
+SCHEMA = 1
+"""Changes when a name in the records changes its meaning or goes away."""
+DIGEST_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """name: in records."""
+
+    name: str
+    path: Path
+    mmproj: Path | None = None
+
+    def digest(self) -> str:
+        """Of the sizes, the first and the last MiB of the files."""
+        digest = hashlib.sha256()
+        for path in filter(None, (self.path, self.mmproj)):
+            try:
+                size = path.stat().st_size
+                with path.open("rb") as file:
+                    digest.update(f"{size} ".encode() + file.read(DIGEST_BYTES))
+                    file.seek(max(0, size - DIGEST_BYTES))
+                    digest.update(file.read())
+            except OSError as error:
+                raise BenchError(f"{path} cannot be read ({error.strerror or error})") from error
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure. policies, budgets: as written. n_predict: most tokens of an answer. n_job: processes, each with
+    n_thread threads.
+    """
+
+    models: tuple[ModelFiles, ...]
+    source: Source
+    policies: tuple[str, ...]
+    budgets: tuple[str, ...] = ("40%", "20%", "10%", "5%")
+    protocols: tuple[str, ...] = PROTOCOLS
+    n_predict: int = 24
+    n_job: int = 1
+    n_thread: int = 1
+    n_gpu_layers: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises EdgeCspError for what cannot be measured, before anything is."""
+        for protocol in self.protocols:
+            if protocol not in PROTOCOLS:
+                raise BenchError(f"protocol {protocol!r} is unknown: use {', '.join(PROTOCOLS)}")
+        for name, values in (("policy", self.policies), ("budget", self.budgets), ("protocol", self.protocols)):
+            if not values or len(set(values)) < len(values):
+                raise BenchError(
+                    f"there is no {name}" if not values else f"a {name} is there twice: {', '.join(values)}"
+                )
+        names = [model.name for model in self.models]
+        if len(set(names)) < len(names):
+            raise BenchError(f"a model is there twice: {', '.join(names)}")
+        for budget in self.budgets:
+            parse_budget(budget)
+        self.specs()
+
+    def specs(self) -> list[Spec]:
+        return [parse_spec(text) for text in self.policies]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is written, and compared when a run goes on."""
+        source = self.source
+        return {
+            "same": {
+                "schema": SCHEMA,
+                "seed": source.seed,
+                "questions": source.n_question,
+                "predict": self.n_predict,
+                "folder": source.digest(),
+            },
+            "models": {model.name: model.digest() for model in self.models},
+            "edge_csp": __version__,
+            "protocols": list(self.protocols),
+            "budgets": list(self.budgets),
+            "policies": list(self.policies),
+            "pictures": list(source.n_pictures),
+            "albums": source.n_album,
+        }
+
+
+@dataclass(frozen=True)
+class Job:
+    """An album for a model. done: (protocol, policy, budget, question) of what is there already."""
+
+    model: ModelFiles
+    n_picture: int
+    album: int
+    done: frozenset[tuple[str, str, str, int]]
+
+
+def run(
+    settings: Settings,
+    out: Path | None,
+    *,
+    limit: int | None = None,
+    on_progress: Callable[[int, int], None] = lambda _done, _all: None,
+) -> list[dict[str, Any]]:
+    """All records of the settings; those that `out` has not yet are measured and written there.
+
+    limit: stop after so many new ones. on_progress: told of how many of all there are.
+
+    Raises EdgeCspError in one line, for what cannot be measured; what was measured before is written.
+    """
+    with Records(out, settings.to_dict()) as records:
+        expected = expected_keys(settings)
+        n_all, n_done = len(expected), len(expected & records.done)
+        on_progress(n_done, n_all)
+        jobs = _jobs(settings, expected - records.done, records.done)
+        found = _in_turn(settings, jobs) if settings.n_job == 1 else _in_parallel(settings, jobs)
+        try:
+            for number, record in enumerate(found, start=1):
+                records.add(record)
+                on_progress(n_done + number, n_all)
+                if number == limit:
+                    break
+        finally:
+            found.close()
+        return [record for record in records.records if key_of(record) in expected]
+
+
+def expected_keys(settings: Settings) -> set[Key]:
+    """Of all records that the settings ask for."""
+    keys: set[Key] = set()
+    source, specs = settings.source, settings.specs()
+    for n_picture, index in source.ids():
+        if source.folder is None:
+            n_question, n_turn = source.n_question, 2 * n_picture - 1
+        else:
+            album = source.album(n_picture, index)
+            n_question, n_turn = len(album.questions), len(album.turns)
+        n_later = n_question // N_CHAT * N_CHAT or (n_question if n_question > 1 else 0)
+        n_of = {"later": n_later, "bounded": n_turn}
+        for protocol in settings.protocols:
+            for number in range(n_of.get(protocol, n_question)):
+                keys |= {
+                    (model.name, n_picture, index, protocol, spec.text, budget, number)
+                    for model in settings.models
+                    for spec in specs
+                    for budget in settings.budgets
+                    if spec.policy is not None or protocol != "bounded"
+                }
+    return keys
+
+
+def _jobs(settings: Settings, missing: set[Key], done: set[Key]) -> list[Job]:
+    """Jobs with something to do, model after model."""
+    n_same = KEY.index("protocol")
+    todo = {key[:n_same] for key in missing}
+    have: dict[Any, set[Any]] = {}
+    for key in done:
+        have.setdefault(key[:n_same], set()).add(key[n_same:])
+    return [
+        Job(model, n_picture, index, frozenset(have.get((model.name, n_picture, index), ())))
+        for model in settings.models
+        for n_picture, index in settings.source.ids()
+        if (model.name, n_picture, index) in todo
+    ]
+
+
+class Worker:
+    """Does jobs one after the other, with one model open."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._specs = settings.specs()
+        self._budgets = [parse_budget(text) for text in settings.budgets]
+        self._model: VisionModel | None = None
+        self._name = ""
+
+    def do(self, job: Job) -> Iterator[dict[str, Any]]:
+        settings = self._settings
+        model = self._open(job.model)
+        album: Album = settings.source.album(job.n_picture, job.album)
+
+        def wanted(*key: Any) -> bool:
+            return key not in job.done
+
+        plan = Plan(self._specs, self._budgets, settings.protocols, settings.n_predict, wanted)
+        about = {"model": job.model.name, "n_picture": job.n_picture, "album": job.album}
+        try:
+            with open_context(model, album, self._specs, settings.n_predict) as context:
+                for record in measure(context, album, plan):
+                    yield about | record.to_dict()
+        except EdgeCspError as error:
+            raise BenchError(f"{job.model.name}, album {album.name} of {job.n_picture} pictures: {error}") from error
+
+    def _open(self, files: ModelFiles) -> VisionModel:
+        if self._model is None or self._name != files.name:
+            self.close()
+            settings = self._settings
+            self._model = VisionModel(
+                files.path, files.mmproj, n_threads=settings.n_thread, n_gpu_layers=settings.n_gpu_layers
+            )
+            self._name = files.name
+        return self._model
+
+    def close(self) -> None:
+        """Close the model. A second call does nothing."""
+        if self._model is not None:
+            self._model.close()
+        self._model = None
+
+
+def _in_turn(settings: Settings, jobs: Sequence[Job]) -> Generator[dict[str, Any], None, None]:
+    worker = Worker(settings)
+    try:
+        for job in jobs:
+            yield from worker.do(job)
+    finally:
+        worker.close()
+
+
+def _in_parallel(settings: Settings, jobs: Sequence[Job]) -> Generator[dict[str, Any], None, None]:
+    spawn = multiprocessing.get_context("spawn")  # llama.cpp's threads do not survive a fork
+    todo, results = spawn.Queue(), spawn.Queue()
+    for job in jobs:
+        todo.put(job)
+    workers = [
+        spawn.Process(target=_work, args=(settings, todo, results), daemon=True)
+        for _ in range(min(settings.n_job, len(jobs)))
+    ]
+    for _ in workers:
+        todo.put(None)
+    for worker in workers:
+        worker.start()
+    n_left = len(jobs)
+    try:
+        while n_left:
+            try:
+                found = results.get(timeout=1)
+            except queue.Empty:
+                if any(worker.exitcode for worker in workers):
+                    raise BenchError("a worker process ended: out of memory?") from None
+                continue
+            if found is None:
+                n_left -= 1
+            elif isinstance(found, str):
+                raise BenchError(found)
+            else:
+                yield found
+    finally:
+        for worker in workers:
+            worker.terminate()
+            worker.join()
+
+
+def _work(settings: Settings, todo: Any, results: Any) -> None:
+    """A worker process: a record after the other, None after each job, a text where it cannot go on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its workers
+    worker = Worker(settings)
+    try:
+        for job in iter(todo.get, None):
+            for record in worker.do(job):
+                results.put(record)
+            results.put(None)
+    except EdgeCspError as error:
+        results.put(str(error))
+    except Exception:
+        results.put(f"a worker failed: {traceback.format_exc()}")
+    finally:
+        worker.close()
