@@ -18,7 +18,7 @@ from edge_csp.budget import kv_bytes_per_cell
 from edge_csp.errors import ContextError, ModelError, NativeError
 from edge_csp.metadata import GgufInfo
 from edge_csp.model import PicturePart, VisionModel
-from edge_csp.policy import Observation
+from edge_csp.policy import Observation, Span
 
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
 """Cache types by their ggml number."""
@@ -255,18 +255,47 @@ class Context:
         needs: Set[str] = frozenset({"scores"}),
         n_obs: int,
         softmax_n: float,
-        bounds: Sequence[int] = (),
+        spans: Sequence[Span] = (),
+        **measured: NDArray[np.float32],
     ) -> Observation:
-        """The cells of some layers (default: all), and what the last n_obs queries (n_window at most) looked at, if
-        `needs` holds "scores". bounds: positions where spans begin, but for the first.
+        """The cells of some layers (default: all), and what `needs` names.
+
+        n_obs: queries whose scores are wanted, n_window at most. spans: of the whole conversation. measured: what is
+        already known.
         """
         csp = self._csp()
+        layers = layers or range(csp.info(seq_id=self.seq_id).n_layer)
         pos, tag = csp.cells(layers=layers, seq_id=self.seq_id)
-        measured = {}
         if "scores" in needs:
             measured["scores"] = csp.scores(min(n_obs, self.n_window), softmax_n, layers=layers, seq_id=self.seq_id)
-        span = np.searchsorted(np.asarray(bounds, np.int32), pos, side="right").astype(np.int32)
-        return Observation(tag, pos, span=span, first_layer=layers.start if layers else 0, **measured)
+        if "key_norm" in needs:
+            measured["key_norm"] = csp.key_norms(layers=layers, seq_id=self.seq_id)
+        if "keys" in needs:
+            measured["keys"] = np.stack([self.rows(layer, "k") for layer in layers])
+        found: dict[str, Any] = {"first_layer": layers.start, **measured}
+        if spans:
+            number = self.cell_numbers(layers)
+            begins = np.cumsum([0, *(span.n_cell for span in spans[:-1])], dtype=np.int32)
+            span = np.searchsorted(begins, number, side="right").astype(np.int32) - np.int32(1)
+            found |= {"spans": spans, "span": span, "offset": number - begins[span]}
+        return Observation(tag, pos, **found)
+
+    def rows(self, layer: int, kind: str) -> NDArray[np.float32]:
+        """K ("k", with the rotation of its positions) or V ("v") of a layer, f32 [n_head_kv, n_cell, head_dim]."""
+        info = self.model.info
+        head_dim = info.head_dim_k if kind == "k" else info.head_dim_v
+        return self._csp().rows(layer, kind, head_dim, seq_id=self.seq_id)
+
+    def set_rows(self, layer: int, kind: str, rows: NDArray[np.float32]) -> None:
+        """Write what rows() reads, rounded to the type of the cache."""
+        self._csp().set_rows(layer, kind, rows, seq_id=self.seq_id)
+
+    def mass(self, n_query: int, softmax_n: float) -> NDArray[np.float32]:
+        """Attention that the cells got from the last queries (n_window at most), f32 [n_layer, n_head_kv, n_cell]."""
+        csp = self._csp()
+        n_query = min(n_query, self.n_window)
+        groups = [csp.scores(n_query, softmax_n, layers=layers, seq_id=self.seq_id) for layers in self.layer_groups()]
+        return np.concatenate([scores.sum(axis=2) for scores in groups])
 
     def keep(self, cells: NDArray[np.int32]) -> None:
         """Keep cells i32 [n_layer, n_head_kv, n_keep], see native.Csp.keep()."""
@@ -278,19 +307,21 @@ class Context:
         """True position i32 and modality u8 of every cell, [n_layer, n_head_kv, n_cell]."""
         return self._csp().cells(seq_id=self.seq_id)
 
-    def cell_numbers(self) -> NDArray[np.int32]:
+    def cell_numbers(self, layers: range | None = None) -> NDArray[np.int32]:
         """Which of all tokens and picture cells of the conversation, counted from 0, is in every cell, i32 [n_layer,
-        n_head_kv, n_cell].
+        n_head_kv, n_cell]; `layers`: of these, not of all.
 
         Positions tell the same, but for M-RoPE models, where all cells of a picture have one.
         """
         info = self._csp().info(seq_id=self.seq_id)
-        shape = info.n_layer, info.n_head_kv
+        layers = layers or range(info.n_layer)
+        shape = len(layers), info.n_head_kv
         if self._kept is None or not info.n_kept:
             return np.broadcast_to(np.arange(info.n_cell, dtype=np.int32), (*shape, info.n_cell))
         begin = int(self._kept[0, 0, -1]) + 1  # the last cell before an eviction is always kept
         new = np.arange(begin, begin + info.n_cell - info.n_kept, dtype=np.int32)
-        return np.concatenate([self._kept, np.broadcast_to(new, (*shape, new.size))], axis=-1)
+        kept = self._kept[layers.start : layers.stop]
+        return np.concatenate([kept, np.broadcast_to(new, (*shape, new.size))], axis=-1)
 
     def _csp(self) -> native.Csp:
         if self.csp is None:

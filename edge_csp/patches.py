@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edge_csp.errors import ModelError
 from edge_csp.items import Item
+from edge_csp.policy import Span
 
 Box = tuple[float, float, float, float]
 """left, top, right, bottom in pixels of the picture; beyond its edges lies padding."""
@@ -75,6 +76,25 @@ def picture_maps(items: Sequence[Item], numbers: NDArray[np.int32], projector: s
             maps.append(PictureMap(item.name, sha256, n_picture, part, item.size, share))
         begin += item.n_cell
     return maps
+
+
+def spans_of(items: Sequence[Item], projector: str | None) -> list[Span]:
+    """The parts of pictures and the runs of text between them, as policies see them."""
+    spans: list[Span] = []
+    n_text = 0
+    for item in items:
+        if not item.is_picture:
+            n_text += 1
+            continue
+        if n_text:
+            spans.append(Span(n_text))
+        n_text = 0
+        try:
+            columns, _, stride = grid(item, projector)
+        except ModelError:
+            columns = stride = 0
+        spans.append(Span(item.n_cell, is_picture=True, columns=columns if columns == stride else 0))
+    return [*spans, Span(n_text)] if n_text else spans
 
 
 def turn_uses(items: Sequence[Item], numbers: NDArray[np.int32], begins: Sequence[int]) -> list[TurnUse]:

@@ -13,22 +13,19 @@ import numpy as np
 from edge_csp.budget import Budget, protected_cells
 from edge_csp.context import Context
 from edge_csp.errors import BudgetError, PolicyError
-from edge_csp.policy import CspPolicy, Policy
-from edge_csp.policy.base import IntArray
+from edge_csp.policy import CspPolicy, Observation, Policy, Span
+from edge_csp.policy.base import FloatArray, IntArray
 
-Span = tuple[int, int]
-"""Positions [begin, end) of the conversation."""
+Positions = tuple[int, int]
+"""From the first one on, up to and without the second one."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What is where in a conversation. Positions.
+    """What is where in a conversation. spans: in order, all cells that were filled. pinned: what stays."""
 
-    pinned: what stays. bounds: where a picture, or the text behind it, begins; ascending.
-    """
-
-    pinned: Sequence[Span] = ()
-    bounds: Sequence[int] = ()
+    spans: Sequence[Span] = ()
+    pinned: Sequence[Positions] = ()
 
 
 MIN_GAIN = 16
@@ -45,6 +42,8 @@ class Pruning:
     what does not fit into the context is refused.
     n_obs: queries that vote. n_recent, n_sink: last and first cells that stay in any case; limited by the budget, see
     budget.protected_cells(). softmax_n: n of the scoring softmax.
+    cues: questions asked right after every picture, each answered in cue_predict tokens at most, and then taken back,
+    for policies that want to know what they look at; {n} is the number of the picture.
     """
 
     budget: Budget | None = None
@@ -54,6 +53,8 @@ class Pruning:
     n_recent: int = 32
     n_sink: int = 4
     softmax_n: float = 1.0
+    cues: tuple[str, ...] = ("What is in picture {n}?",)
+    cue_predict: int = 16
 
 
 class Pruner:
@@ -67,10 +68,21 @@ class Pruner:
         self.context = context
         self.pruning = pruning
         self._layout = layout
+        self._noted: dict[str, FloatArray] = {}  # attention that was seen and is over, f32 [n_layer, n_head_kv, n_cell]
         if self.is_bounded and (context.csp is None or pruning.policy.n_keep(1, 2) > 1):
             raise PolicyError(
                 f"policy {pruning.policy.name} keeps everything: it cannot hold a conversation in {pruning.cells} cells"
             )
+
+    def replaced(self, pruning: Pruning) -> Pruner:
+        """One that prunes otherwise from now on. Raises what the constructor raises."""
+        other = Pruner(self.context, pruning, self._layout)
+        other._noted = self._noted
+        return other
+
+    def forget(self) -> None:
+        """To be called when cells have been removed."""
+        self._noted = {name: self._note(name) for name in self._noted}
 
     @property
     def is_bounded(self) -> bool:
@@ -84,10 +96,42 @@ class Pruner:
 
     @property
     def n_batch(self) -> int:
-        """Cells to fill at once. In a bounded cache a quarter of it: the rest is there to be looked at."""
-        if not self.is_bounded:
-            return self.context.n_batch
-        return max(1, min(self.context.n_batch, self.n_cell_max // 4))
+        """Cells to fill at once. In a bounded cache a quarter of it: the rest is there to be looked at. No more than
+        the window holds, if the attention of all queries is wanted.
+        """
+        most = self.context.n_batch
+        if self.is_bounded:
+            most = min(most, self.n_cell_max // 4)
+        if "mass" in self.pruning.policy.needs:
+            most = min(most, self.context.n_window)
+        return max(1, most)
+
+    def note_mass(self) -> None:
+        """Add the attention of the queries that came since the last call, for policies that want that of all queries.
+
+        To be called before every batch, and before cells are evicted or other queries come.
+        """
+        if "mass" not in self.pruning.policy.needs or self.context.csp is None:
+            return
+        n_cell = self.context.n_cell
+        n_new = n_cell - self._note("mass").shape[-1]
+        if n_new > 0:
+            self._noted["mass"] = self._note("mass", n_cell) + self.context.mass(n_new, self.pruning.softmax_n)
+
+    def note_cue(self, n_cell: int, n_query: int) -> None:
+        """Add the attention that the first n_cell cells got from the last n_query queries, those of a cue."""
+        mass = self.context.mass(n_query, self.pruning.softmax_n)
+        self._noted["cue"] = self._note("cue", n_cell) + mass[..., :n_cell]
+
+    def _note(self, name: str, n_cell: int | None = None) -> FloatArray:
+        """What is noted of the first n_cell cells (default: as many as are noted and in use), 0 of new ones."""
+        csp = self.context.csp
+        assert csp is not None
+        info = csp.info(seq_id=self.context.seq_id)
+        noted = self._noted.get(name, np.zeros((info.n_layer, info.n_head_kv, 0), np.float32))[..., : info.n_cell]
+        if n_cell is None or n_cell <= noted.shape[-1]:
+            return noted
+        return np.pad(noted, [(0, 0), (0, 0), (0, n_cell - noted.shape[-1])])
 
     def prune(self, n_token: int) -> int:
         """Evict down to the budget of a conversation of n_token tokens, if that pays; a bounded cache gets room for
@@ -97,6 +141,7 @@ class Pruner:
         """
         if self.context.csp is None:
             return 0
+        self.note_mass()
         budget, n_cell, target = self.pruning.budget, self.context.n_cell, self.context.n_cell
         if budget is not None:
             target = budget.cells(n_token, self.context.bytes_per_cell)
@@ -112,6 +157,7 @@ class Pruner:
 
         Raises BudgetError, before anything has changed, if the pinned cells leave too little room.
         """
+        self.note_mass()
         if self.context.n_cell + n_new <= self.n_cell_max:
             return 0
         if n_new >= self.n_cell_max:
@@ -125,8 +171,20 @@ class Pruner:
         if self.pruning.policy.n_keep(target, n_cell) >= n_cell:
             return 0
         cells = self.select(target)
+        if self.pruning.policy.merges:
+            self._merge(cells)
+        noted = {name: np.take_along_axis(self._note(name, n_cell), cells, axis=-1) for name in self._noted}
         self.context.keep(cells)
+        self._noted = noted
         return n_cell - int(cells.shape[-1])
+
+    def _merge(self, cells: IntArray) -> None:
+        """Let the policy merge what goes into what stays, layer by layer."""
+        for layer, kept in enumerate(cells):
+            observation = self._observe(range(layer, layer + 1), self._layout())
+            rows = self.context.rows(layer, "k"), self.context.rows(layer, "v")
+            for kind, merged in zip("kv", self.pruning.policy.merge_rows(observation, *rows, kept), strict=True):
+                self.context.set_rows(layer, kind, merged)
 
     def select(self, target: int) -> IntArray:
         """The cells that stay, i32 [n_layer, n_head_kv, n_keep], if `target` are to.
@@ -140,16 +198,21 @@ class Pruner:
             cells[layers.start : layers.stop] = self._select_of(layers, target, layout)
         return cells
 
-    def _select_of(self, layers: range, target: int, layout: Layout) -> IntArray:
-        """The cells that stay in some layers, i32 [n_layer, n_head_kv, n_keep]."""
-        pruning = self.pruning
-        observation = self.context.observe(
+    def _observe(self, layers: range, layout: Layout) -> Observation:
+        pruning, n_cell = self.pruning, self.context.n_cell
+        noted = {name: self._note(name, n_cell) for name in ("mass", "cue") if name in pruning.policy.needs}
+        return self.context.observe(
             layers,
             needs=pruning.policy.needs,
             n_obs=pruning.n_obs,
             softmax_n=pruning.softmax_n,
-            bounds=layout.bounds,
+            spans=layout.spans,
+            **{name: values[layers.start : layers.stop] for name, values in noted.items()},
         )
+
+    def _select_of(self, layers: range, target: int, layout: Layout) -> IntArray:
+        """The cells that stay in some layers, i32 [n_layer, n_head_kv, n_keep]."""
+        pruning, observation = self.pruning, self._observe(layers, layout)
         protected = np.zeros(observation.shape, np.bool_)
         for begin, end in layout.pinned:
             protected |= (observation.pos >= begin) & (observation.pos < end)

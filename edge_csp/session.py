@@ -26,15 +26,16 @@ from numpy.typing import NDArray
 from edge_csp.budget import Budget, parse_budget
 from edge_csp.chat import ChatTemplate, Message
 from edge_csp.context import CELL_PAD, Context, bytes_per_cell
+from edge_csp.cues import CueTokens, ask_cue
 from edge_csp.embeddings import EmbeddingCache
 from edge_csp.errors import ContextError, NativeError, TemplateError
 from edge_csp.images import Picture
 from edge_csp.items import Item, PromptEnd, common_length, common_text, items_of, n_pictures, token_item
 from edge_csp.model import PicturePart, Progress, VisionModel
-from edge_csp.patches import PictureMap, TurnUse, picture_maps, turn_uses
+from edge_csp.patches import PictureMap, TurnUse, picture_maps, spans_of, turn_uses
 from edge_csp.policy import Policy, make_policy
 from edge_csp.policy.base import IntArray
-from edge_csp.pruning import Layout, Pruner, Pruning, Span
+from edge_csp.pruning import Layout, Positions, Pruner, Pruning
 from edge_csp.sampling import Sampler, Sampling
 
 PAST_TRAINED = ("continue", "stop")
@@ -60,10 +61,13 @@ class Counters:
     n_eviction: int = 0
     n_evicted: int = 0
     """Cells evicted per layer and KV head."""
+    n_cue_token: int = 0
+    """Tokens evaluated for cues, see Pruning.cues."""
     n_restart: int = 0
     """Times that everything had to be evaluated again."""
     encode_s: float = 0.0
     prefill_s: float = 0.0
+    cue_s: float = 0.0
     evict_s: float = 0.0
     decode_s: float = 0.0
 
@@ -98,7 +102,7 @@ class _Pins:
     """What stays in the cache. pictures: their numbers, from 1. spans: positions."""
 
     pictures: frozenset[int] = frozenset()
-    spans: tuple[Span, ...] = ()
+    spans: tuple[Positions, ...] = ()
 
 
 class Session:
@@ -140,10 +144,12 @@ class Session:
         self._on_notice = on_notice
         self._told_trained = False
         self._items: list[Item] = []  # what the cache holds, pruned or not
+        self._reading: list[Item] = []  # the picture part that is being evaluated, if one is
         self._text = ""  # the prompt text that became _items
         self._prompts: list[PromptEnd] = []  # where the prompts of the turns end in both
         self._ends: dict[int, int] = {}  # number of messages -> items that they take
         self._pins = _Pins()
+        self._cues = CueTokens(self.model, self.template)
 
     @property
     def n_cell_max(self) -> int:
@@ -157,7 +163,7 @@ class Session:
 
     @pruning.setter
     def pruning(self, pruning: Pruning) -> None:
-        self._pruner = Pruner(self.context, pruning, self._layout)
+        self._pruner = self._pruner.replaced(pruning)
 
     def ask(self, text: str, pictures: Sequence[Picture] = (), *, n_predict: int = -1) -> Generator[str, None, None]:
         """Ask, and stream the answer. Pictures come before the text.
@@ -212,6 +218,7 @@ class Session:
             self.counters.n_restart += 1
             n_same = 0
         del self._items[n_same:]
+        self._pruner.forget()
         n_char = common_text(self._text, text)
         prompts = [end for end in self._prompts if end.n_item <= n_same and end.n_char <= n_char]
         self._text, self._prompts = "", []  # until everything is evaluated
@@ -352,8 +359,11 @@ class Session:
         while i < len(items):
             part = items[i].part
             if part is not None:
-                n_batch = 1
-                self._evaluate_picture(part)
+                n_batch, self._reading = 1, [items[i]]
+                try:
+                    self._evaluate_picture(part)
+                finally:
+                    self._reading = []
             else:
                 n_batch, most = 0, self._pruner.n_batch
                 while n_batch < most and i + n_batch < len(items) and not items[i + n_batch].is_picture:
@@ -366,6 +376,8 @@ class Session:
             self._items.extend([replace(items[i], part=None)] if part else items[i : i + n_batch])
             n_done += sum(item.n_cell for item in items[i : i + n_batch])
             i += n_batch
+            if part is not None and (i == len(items) or items[i].is_new_picture or not items[i].is_picture):
+                self._run_cues(n_pictures(self._items))
             self._report("prefill", n_done / n_all)
 
     def _evaluate_picture(self, part: PicturePart) -> None:
@@ -387,6 +399,23 @@ class Session:
         self.counters.n_from_disk += self.model.n_from_disk - n_from_disk
         self.counters.n_picture += 1
         self.counters.n_picture_cell += part.n_cell
+
+    def _run_cues(self, number: int) -> None:
+        """Ask the cues about a picture that has just been evaluated, note what they look at, and take them back."""
+        pruning = self.pruning
+        if "cue" not in pruning.policy.needs:
+            return
+        started = time.perf_counter()
+        for cue in pruning.cues:
+            tokens = self._cues.of(cue, number)
+            self._make_room(len(tokens) + pruning.cue_predict)
+            n_cell, n_past = self.context.n_cell, self.context.n_past
+            n_token = ask_cue(self.context, tokens, self._pruner.n_batch, pruning.cue_predict)
+            self._pruner.note_cue(n_cell, n_token)
+            if not self.context.truncate(n_past):
+                raise ContextError("cues cannot be taken back from this cache: choose a policy without cues")
+            self.counters.n_cue_token += n_token
+        self.counters.cue_s += time.perf_counter() - started
 
     def _make_room(self, n_new: int) -> None:
         self._count_eviction(self._pruner.make_room, n_new)
@@ -410,13 +439,7 @@ class Session:
         return self._pruner.select(n_cell)
 
     def _layout(self) -> Layout:
-        bounds, position, was_picture = [], 0, False
-        for item in self._items:
-            if item.is_new_picture or was_picture != item.is_picture:
-                bounds.append(position)
-            was_picture = item.is_picture
-            position += item.n_pos
-        return Layout(self._pins.spans, bounds)
+        return Layout(spans_of(self._items + self._reading, self._projector), self._pins.spans)
 
     def _count_eviction(self, evict: Callable[[int], int], n: int) -> int:
         started = time.perf_counter()
@@ -505,6 +528,7 @@ class Session:
     def _forget_cells(self) -> None:
         self.context.clear()
         self._items, self._text, self._prompts, self._ends, self._pins = [], "", [], {}, _Pins()
+        self._pruner.forget()
 
     @property
     def n_token(self) -> int:
@@ -543,8 +567,13 @@ class Session:
 
         Raises ModelError if the cells of a picture are not known to lie on a grid.
         """
+        return picture_maps(self._items, self._cell_numbers(), self._projector)
+
+    @property
+    def _projector(self) -> str | None:
+        """Type of the encoder."""
         mmproj = self.model.mmproj_info
-        return picture_maps(self._items, self._cell_numbers(), mmproj.projector_type if mmproj else None)
+        return mmproj.projector_type if mmproj else None
 
     def pictures(self) -> list[Picture]:
         """The pictures of all messages."""

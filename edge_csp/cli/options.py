@@ -189,8 +189,8 @@ class PruningOptions:
         _pruning(
             "--policy",
             metavar="NAME",
-            help="What chooses the cells: csp, snapkv, h2o, lookm, streaming, keydiff, random, full (keeps all), or "
-            "your own: module:Class, file.py:Class (docs/policies.md).",
+            help="What chooses the cells: quota, quota+ (with cues), csp, snapkv, h2o, lookm, streaming, keydiff, "
+            "random, full (keeps all), or your own: module:Class, file.py:Class (docs/policies.md).",
         ),
     ] = "csp"
     policy_set: Annotated[

@@ -6,6 +6,7 @@ A policy sees arrays, never a model or a cache. Shapes are numpy order, last ind
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,13 +25,27 @@ MEASURED = {"scores": 4, "mass": 3, "cue": 3, "key_norm": 3, "keys": 4}
 """What can be measured of the cells, and the number of its dimensions."""
 
 
+@dataclass(frozen=True)
+class Span:
+    """A part of a picture, or a run of text between pictures.
+
+    n_cell: cells that it filled. columns: of the grid on which the patches of a picture lie, row by row; 0 where that
+    is not known.
+    """
+
+    n_cell: int
+    is_picture: bool = False
+    columns: int = 0
+
+
 class Observation:
     """What the runtime knows about the cells in use, of all layers or of some of them; the arrays are read-only.
 
     tag:  u8 [n_layer, n_head_kv, n_cell], modality of the token in the cell
     pos:  i32 [n_layer, n_head_kv, n_cell], true position of that token
-    span: i32 [n_layer, n_head_kv, n_cell], number of what the token belongs to: a picture, or the text before, between
-          or after pictures, in the order of the conversation
+    span: i32 [n_layer, n_head_kv, n_cell], which of `spans` the token belongs to, ascending
+    offset: i32 [n_layer, n_head_kv, n_cell], its place there: how many cells of the span were filled before it
+    spans: what the conversation is made of, in its order
     first_layer: number of the first of these layers
 
     The following are measured only for policies that name them in `needs`, others get a PolicyError:
@@ -51,18 +66,23 @@ class Observation:
         pos: IntArray,
         *,
         span: IntArray | None = None,
+        offset: IntArray | None = None,
+        spans: Sequence[Span] = (),
         first_layer: int = 0,
         **measured: FloatArray,
     ) -> None:
+        """Without spans, all cells are one run of text."""
         self.tag: TagArray = _read_only("tag", tag, np.uint8, 3)
         self.pos: IntArray = _read_only("pos", pos, np.int32, 3)
-        none = np.broadcast_to(np.int32(0), tag.shape)
-        self.span: IntArray = _read_only("span", none if span is None else span, np.int32, 3)
+        whole = np.broadcast_to(np.int32(0), tag.shape)
+        self.span: IntArray = _read_only("span", whole if span is None else span, np.int32, 3)
+        self.offset: IntArray = _read_only("offset", pos if offset is None else offset, np.int32, 3)
+        self.spans = tuple(spans) or (Span(int(tag.shape[-1])),)
         self.first_layer = first_layer
         self._measured: dict[str, FloatArray] = {}
         if min(self.tag.shape) < 1:
             raise PolicyError(f"tag has the shape {self.tag.shape}: nothing to select from")
-        for name, array in (("pos", self.pos), ("span", self.span)):
+        for name, array in (("pos", self.pos), ("span", self.span), ("offset", self.offset)):
             if array.shape != self.tag.shape:
                 raise PolicyError(f"{name} has the shape {array.shape}, tag has {self.tag.shape}")
         for name, given in measured.items():
@@ -71,6 +91,8 @@ class Observation:
             if cells != self.tag.shape:
                 raise PolicyError(f"{name} has the shape {values.shape}, tag has {self.tag.shape}")
             self._measured[name] = values
+        if int(self.span.max()) >= len(self.spans):
+            raise PolicyError(f"a cell is of span {int(self.span.max())}, but there are {len(self.spans)}")
         if "scores" in measured and (highest := int(self.tag.max())) >= (n_modality := self.scores.shape[2]):
             raise PolicyError(f"tag {highest} has no scores: they tell {n_modality} modalities apart")
 
@@ -79,7 +101,13 @@ class Observation:
         measured = {name: values[i : i + 1] for name, values in self._measured.items()}
         part = slice(i, i + 1)
         return Observation(
-            self.tag[part], self.pos[part], span=self.span[part], first_layer=self.first_layer + i, **measured
+            self.tag[part],
+            self.pos[part],
+            span=self.span[part],
+            offset=self.offset[part],
+            spans=self.spans,
+            first_layer=self.first_layer + i,
+            **measured,
         )
 
     def _get(self, name: str) -> FloatArray:

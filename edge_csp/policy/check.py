@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_csp.errors import EdgeCspError, PolicyError
-from edge_csp.policy.base import MEASURED, BoolArray, IntArray, Observation, Policy
+from edge_csp.policy.base import MEASURED, BoolArray, IntArray, Observation, Policy, Span
 
 N_MODALITY = 2
 HEAD_DIM = 8
@@ -29,6 +29,7 @@ def check_policy(policy: Policy) -> None:
         if n_keep not in (min(budget, n_cell), n_cell):
             raise PolicyError(f"policy {policy.name}: n_keep({budget}, {n_cell}) is {n_keep}, not {budget} or {n_cell}")
         inputs: dict[str, npt.NDArray[Any]] = {"tag": observation.tag, "pos": observation.pos, "span": observation.span}
+        inputs["offset"] = observation.offset
         inputs |= {name: getattr(observation, name) for name in policy.needs} | {"protected": protected}
         before = {name: array.copy() for name, array in inputs.items()}
         cells = policy.select(observation, budget, protected)
@@ -99,7 +100,8 @@ def _cases(policy: Policy) -> Iterator[tuple[Observation, int, BoolArray]]:
             values[name] = drawn * (generator.random(size) < density).astype(np.float32)
         tag = generator.integers(0, N_MODALITY, shape).astype(np.uint8)
         pos = np.sort(generator.integers(0, 4 * shape[2], shape).astype(np.int32), axis=-1)
-        observation = Observation(tag, pos, span=pos // 16, **values)
+        spans = [Span(16, is_picture=i % 2 == 1, columns=4) for i in range(1 + int(pos.max()) // 16)]
+        observation = Observation(tag, pos, span=pos // 16, offset=pos % 16, spans=spans, **values)
         protected = generator.random(shape) < 0.1
         protected[..., -1] = True
         if int(protected.sum(axis=-1).max()) > budget:

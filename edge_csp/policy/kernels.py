@@ -7,13 +7,13 @@ imported when a process has selected so many rows that it would have paid for it
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import TypeVar, cast
 
 import numpy as np
 
-from edge_csp.policy.base import BoolArray, FloatArray
+from edge_csp.policy.base import BoolArray, FloatArray, IntArray
 
 Array = TypeVar("Array", FloatArray, BoolArray)
 SelectRows = Callable[[FloatArray, FloatArray, BoolArray, int, int, int], BoolArray]
@@ -65,6 +65,28 @@ def pool_max(scores: FloatArray, width: int) -> FloatArray:
     for here, there in _shifts(width, scores.shape[-1]):
         np.maximum(highest[..., here], scores[..., there], out=highest[..., here])
     return highest
+
+
+def rank_in_spans(rankings: Sequence[FloatArray], span: IntArray, protected: BoolArray) -> FloatArray:
+    """The rank of every cell within its span, from 0, if the rankings take turns; f32 [..., n_cell].
+
+    rankings: f32 [..., n_cell], the largest first. span: i32 [..., n_cell], ascending. Protected cells come first. A
+    cell that two rankings want is taken once, and the turn goes on with the next best. Ties go to the earlier cell.
+    """
+    n = np.float32(len(rankings))
+    turn = np.min([n * _rank(ranking, span) + np.float32(i) for i, ranking in enumerate(rankings)], axis=0)
+    return _rank(np.where(protected, np.float32(1), -turn), span)
+
+
+def _rank(scores: FloatArray, span: IntArray) -> FloatArray:
+    """The rank of every cell within its span, from 0, the largest first."""
+    order = np.lexsort((-scores, span), axis=-1)
+    place = np.broadcast_to(np.arange(scores.shape[-1], dtype=np.float32), scores.shape)
+    begins = np.concatenate([np.ones_like(span[..., :1], np.bool_), span[..., 1:] != span[..., :-1]], axis=-1)
+    begin = np.maximum.accumulate(np.where(begins, place, np.float32(0)), axis=-1)
+    rank = np.empty_like(scores)
+    np.put_along_axis(rank, order, place - begin, axis=-1)
+    return rank
 
 
 def _shifts(width: int, n_cell: int) -> Iterator[tuple[slice, slice]]:

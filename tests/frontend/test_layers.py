@@ -18,10 +18,11 @@ MAY_IMPORT = {leaf: {"errors"} for leaf in LEAVES} | {
     "sampling": {"native", "model", "errors"},
     "items": {"model"},
     "overlay": {"errors"},
-    "patches": {"items", "errors"},
+    "patches": {"items", "policy", "errors"},
     "pruning": {"context", "policy", "budget", "errors"},
     "plan": {"native", "budget", "images", "metadata", "model", "context", "session", "errors"},
-    "session": LEAVES | {"context", "sampling", "pruning", "items", "patches", "errors"},
+    "cues": {"chat", "context", "images", "model", "sampling"},
+    "session": LEAVES | {"context", "sampling", "pruning", "cues", "items", "patches", "errors"},
 }
 
 

@@ -21,6 +21,7 @@ from edge_csp.policy import (
     Policy,
     RandomPolicy,
     SnapKvPolicy,
+    Span,
     StreamingPolicy,
     make_policy,
 )
@@ -50,7 +51,8 @@ def make_observation(generator: np.random.Generator, shape: tuple[int, int, int]
         measured[name] = values
     tag = generator.integers(0, n_modality, shape).astype(np.uint8)
     pos = np.sort(generator.integers(0, 10 * n_cell, shape).astype(np.int32), axis=-1)
-    return Observation(tag, pos, span=pos // 16, **measured)
+    spans = [Span(16, is_picture=i % 2 == 1, columns=i % 3 * 4) for i in range(1 + int(pos.max()) // 16)]
+    return Observation(tag, pos, span=pos // 16, offset=pos % 16, spans=spans, **measured)
 
 
 def part_of(observation: Observation, layers: slice, cells: slice = slice(None)) -> Observation:
@@ -59,6 +61,8 @@ def part_of(observation: Observation, layers: slice, cells: slice = slice(None))
         observation.tag[layers, :, cells],
         observation.pos[layers, :, cells],
         span=observation.span[layers, :, cells],
+        offset=observation.offset[layers, :, cells],
+        spans=observation.spans,
         first_layer=layers.start or 0,
         **{name: getattr(observation, name)[layers, ..., cells] for name in MEASURED if name != "keys"},
         keys=observation.keys[layers, :, cells],
@@ -89,7 +93,13 @@ def drawn() -> tuple[Observation, list[Case]]:
 def test_contract(policy: Policy, drawn: tuple[Observation, list[Case]]) -> None:
     """Count, protection, determinism, no mutation, and a layer on its own gets what it gets among others."""
     everything, found = drawn
-    inputs = [everything.tag, everything.pos, everything.span, *(getattr(everything, name) for name in MEASURED)]
+    inputs = [
+        everything.tag,
+        everything.pos,
+        everything.span,
+        everything.offset,
+        *(getattr(everything, name) for name in MEASURED),
+    ]
     before = [array.copy() for array in inputs]
     for observation, budget, protected in found:
         protected_before = protected.copy()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from edge_csp.errors import PolicyError
-from edge_csp.policy import POLICIES, H2oPolicy, LookMPolicy, Observation, Policy, load, make_policy
+from edge_csp.policy import POLICIES, H2oPolicy, LookMPolicy, Observation, Policy, Span, load, make_policy
 from edge_csp.policy.base import BoolArray
 from edge_csp.policy.check import check_policy
 from edge_csp.policy.load import with_settings
@@ -279,7 +279,7 @@ def test_the_example_of_the_docs(tmp_path: Path) -> None:
     policy = make_policy(f"{tmp_path / 'newest.py'}:Newest", ["per_picture=2"])
     pos = np.arange(12, dtype=np.int32)[None, None]
     tag = (pos // 4 < 2).astype(np.uint8)  # two pictures of four cells, then text
-    observation = Observation(tag, pos, span=pos // 4)
+    observation = Observation(tag, pos, span=pos // 4, offset=pos % 4, spans=[Span(4)] * 9)
     cells = policy.select(observation, 7, np.zeros((1, 1, 12), np.bool_))
     assert cells.tolist() == [[[2, 3, 6, 7, 9, 10, 11]]]
 
