@@ -96,6 +96,12 @@ def test_questions_of_an_album_count_together() -> None:
     assert once.high - once.low >= 0.5
 
 
+def test_one_album_has_no_interval() -> None:
+    found = stats.difference([1, 0, 1], "aaa")
+    assert (found.low, found.high) == (-np.inf, np.inf)
+    assert report.interval(found) == "no interval"
+
+
 def record(policy: str, question: int, right: bool, **what: Any) -> dict[str, Any]:
     own = Record(
         "later", policy, "20%", question, question, "", 100, 20, 20, 5.0, 15.0, "x", "y", right, True, right, 0.5, 0.01

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from edge_csp import __version__
@@ -62,6 +64,8 @@ def percent(share: float) -> str:
 
 def interval(difference: Difference) -> str:
     """Percentage points."""
+    if math.isinf(difference.low):
+        return "no interval"
     return f"{100 * difference.low:+.1f} … {100 * difference.high:+.1f}".replace("-", "−")
 
 
@@ -231,9 +235,9 @@ def write_plot(path: Path, found: Summaries) -> None:
                 continue
             share, right = [100 * one.share for one in ones], [100 * one.accuracy for one in ones]
             axes.plot(share, right, "o-", label=policy)
-            low = [100 * (one.full + one.to_full.low) for one in ones]
-            high = [100 * (one.full + one.to_full.high) for one in ones]
-            axes.fill_between(share, low, high, alpha=0.15)
+            bounds = [(100 * (one.full + one.to_full.low), 100 * (one.full + one.to_full.high)) for one in ones]
+            if np.isfinite(bounds).all():
+                axes.fill_between(share, *zip(*bounds, strict=True), alpha=0.15)
         axes.set(xscale="log", ylim=(0, 101))
         axes.legend(fontsize="small")
     for axes in panels[len(found.protocols) :]:
