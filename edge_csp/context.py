@@ -89,6 +89,7 @@ class Context:
         self.n_window = 0
         self.n_past = 0
         """Position of the next token."""
+        self._kept: NDArray[np.int32] | None = None  # numbers of the tokens in the kept cells, see cell_numbers()
 
         native.clear_log_errors()
         params = llama_cpp.llama_context_default_params()
@@ -269,11 +270,27 @@ class Context:
 
     def keep(self, cells: NDArray[np.int32]) -> None:
         """Keep cells i32 [n_layer, n_head_kv, n_keep], see native.Csp.keep()."""
+        numbers = self.cell_numbers()
         self._csp().keep(cells, seq_id=self.seq_id)
+        self._kept = np.take_along_axis(numbers, cells, axis=-1)
 
     def cells(self) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         """True position i32 and modality u8 of every cell, [n_layer, n_head_kv, n_cell]."""
         return self._csp().cells(seq_id=self.seq_id)
+
+    def cell_numbers(self) -> NDArray[np.int32]:
+        """Which of all tokens and picture cells of the conversation, counted from 0, is in every cell, i32 [n_layer,
+        n_head_kv, n_cell].
+
+        Positions tell the same, but for M-RoPE models, where all cells of a picture have one.
+        """
+        info = self._csp().info(seq_id=self.seq_id)
+        shape = info.n_layer, info.n_head_kv
+        if self._kept is None or not info.n_kept:
+            return np.broadcast_to(np.arange(info.n_cell, dtype=np.int32), (*shape, info.n_cell))
+        begin = int(self._kept[0, 0, -1]) + 1  # the last cell before an eviction is always kept
+        new = np.arange(begin, begin + info.n_cell - info.n_kept, dtype=np.int32)
+        return np.concatenate([self._kept, np.broadcast_to(new, (*shape, new.size))], axis=-1)
 
     def _csp(self) -> native.Csp:
         if self.csp is None:

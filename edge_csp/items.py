@@ -13,7 +13,7 @@ from edge_csp.model import Part, PicturePart, TokenPart
 class Item:
     """Something to evaluate, or evaluated: a token, or the cells of a part of a picture.
 
-    Items with the same key have the same cells. part: until it is evaluated; it holds the pixels.
+    Items with the same key have the same cells. part: until it is evaluated; it holds the pixels. size: its pixels.
     """
 
     key: int | tuple[str, int]  # token, or hash of the picture and number of its part
@@ -21,6 +21,7 @@ class Item:
     n_pos: int = 1
     name: str = field(default="", compare=False)
     part: PicturePart | None = field(default=None, compare=False)
+    size: tuple[int, int] = field(default=(0, 0), compare=False)
 
     @property
     def is_picture(self) -> bool:
@@ -53,7 +54,7 @@ def items_of(parts: Sequence[Part]) -> list[Item]:
         if isinstance(part, TokenPart):
             items.extend(map(token_item, part.tokens))
         else:
-            items.append(Item((part.sha256, part.index), part.n_cell, part.n_pos, part.name, part))
+            items.append(Item((part.sha256, part.index), part.n_cell, part.n_pos, part.name, part, part.size))
     return items
 
 

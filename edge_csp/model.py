@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import struct
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -48,6 +49,7 @@ class PicturePart:
 
     sha256, index: which picture, and which of its parts; parts with the same both have the same embeddings.
     n_cell, n_pos: cells and positions it takes (they differ for M-RoPE models).
+    size: (width, height) in pixels that the encoder gets, (0, 0) if libmtmd does not tell.
     """
 
     sha256: str
@@ -56,6 +58,7 @@ class PicturePart:
     n_pos: int
     name: str = field(compare=False)
     chunk: Any = field(compare=False, repr=False)  # mtmd_input_chunk *, owned
+    size: tuple[int, int] = field(compare=False, default=(0, 0))
 
 
 Part = TokenPart | PicturePart
@@ -277,6 +280,7 @@ class VisionModel:
                 n_pos=mtmd_cpp.mtmd_input_chunk_get_n_pos(chunk),
                 name=pictures[number].name,
                 chunk=copy,
+                size=_encoder_size(copy),
             )
             weakref.finalize(part, mtmd_cpp.mtmd_input_chunk_free, copy)
             parts.append(part)
@@ -389,6 +393,28 @@ class VisionModel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _encoder_size(chunk: Any) -> tuple[int, int]:
+    """(width, height) in pixels of the picture in a chunk, (0, 0) if it holds several, or in an unknown format.
+
+    The only call that tells is the one that saves a chunk without its pixels; mtmd.cpp (serialize) has the format.
+    """
+    from llama_cpp import mtmd_cpp
+
+    n = ctypes.c_size_t()
+    mtmd_cpp.mtmd_input_chunk_save(chunk, None, 0, ctypes.byref(n))
+    data = (ctypes.c_char * n.value)()
+    if mtmd_cpp.mtmd_input_chunk_save(chunk, data, n.value, ctypes.byref(n)) != 0:
+        return 0, 0
+    try:
+        version, _type, n_text, has_image, *_grid, n_id = struct.unpack_from("=QIQB5IQ", data)
+        if (version, n_text, has_image) != (2, 0, 1):
+            return 0, 0
+        *_flags, n_entry, width, height = struct.unpack_from("=BQ6x2i", data, struct.calcsize("=QIQB5IQ") + n_id)
+    except struct.error:
+        return 0, 0
+    return (width, height) if n_entry == 1 else (0, 0)
 
 
 def usable_cores() -> int:

@@ -20,6 +20,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edge_csp.budget import Budget, parse_budget
 from edge_csp.chat import ChatTemplate, Message
 from edge_csp.context import CELL_PAD, Context, bytes_per_cell
@@ -28,6 +31,7 @@ from edge_csp.errors import ContextError, NativeError, TemplateError
 from edge_csp.images import Picture
 from edge_csp.items import Item, PromptEnd, common_length, common_text, items_of, n_pictures, token_item
 from edge_csp.model import PicturePart, Progress, VisionModel
+from edge_csp.patches import PictureMap, TurnUse, picture_maps, turn_uses
 from edge_csp.policy import Policy, make_policy
 from edge_csp.policy.base import IntArray
 from edge_csp.pruning import Layout, Pruner, Pruning, Span
@@ -534,6 +538,31 @@ class Session:
         n_text = n_token - sum(picture.n_cell for picture in pictures)
         return CacheUse(n_token, n_cell, self.context.bytes_per_cell, n_text, n_cell - sum(kept), tuple(pictures))
 
+    def kept_patches(self) -> list[PictureMap]:
+        """Which patches of every part of every picture are left, per layer.
+
+        Raises ModelError if the cells of a picture are not known to lie on a grid.
+        """
+        mmproj = self.model.mmproj_info
+        return picture_maps(self._items, self._cell_numbers(), mmproj.projector_type if mmproj else None)
+
+    def pictures(self) -> list[Picture]:
+        """The pictures of all messages."""
+        parts = [part for message in self.messages for part in _parts(message)]
+        return [part["picture"] for part in parts if part["type"] == "image"]
+
+    def kept_turns(self) -> list[TurnUse]:
+        """Cells of the text of every turn, with its answer, and how many are left."""
+        ends = [i for i, message in enumerate(self.messages) if message["role"] == "user"] + [len(self.messages)]
+        begins = [self._end_of(self.messages[:end], self._items) for end in ends]
+        return turn_uses(self._items, self._cell_numbers(), begins)
+
+    def _cell_numbers(self) -> NDArray[np.int32]:
+        if self.context.csp:
+            return self.context.cell_numbers()
+        numbers = np.arange(self.n_token, dtype=np.int32)
+        return np.broadcast_to(numbers, (self.model.info.n_layer, 1, self.n_token))
+
 
 @contextmanager
 def open_session(
@@ -560,8 +589,9 @@ def open_session(
     """Open a model and a conversation with it; both are closed at the end of the `with` block.
 
     model, mmproj: GGUF files, see VisionModel. budget: "20%", 512 cells as "512", "64MiB", or None to keep everything.
-    policy: a name or a Policy. cells: the cache is bounded to so many cells or bytes, or to a share of the prompt
-    `cells_of`, and holds any conversation. pruning: all other pruning settings at once, instead of budget and policy.
+    policy: a Policy, or a name as for make_policy(). cells: the cache is bounded to so many cells or bytes, or to a
+    share of the prompt `cells_of`, and holds any conversation. pruning: all other pruning settings at once, instead of
+    budget and policy.
     context: further settings of Context (n_ctx, n_batch, type_k, type_v, flash_attn …).
 
     Raises EdgeCspError with one line that tells what is wrong with the files or the settings.

@@ -19,8 +19,8 @@ HEAD = """\
 
 <!-- Written by tools/write_cli_docs.py; change the commands instead. -->
 
-`edge-csp chat`, `run`, `demo`, `plan`, `info`, `rpc-server`, `bench quality` and `bench speed`, or
-`python -m edge_csp …`. Names are llama.cpp's where it has one.
+`edge-csp chat`, `run`, `demo`, `map`, `plan`, `info`, `rpc-server` and `bench speed`, `quality`, `milebench` and
+`milebench-score`, or `python -m edge_csp …`. Names are llama.cpp's where it has one.
 
 - Results go to stdout; notes, progress and errors to stderr. Progress bars appear only in a terminal.
 - Exit status: 0, 1 after an error (one line on stderr), 2 for wrong usage, 130 after Ctrl-C.
@@ -71,8 +71,10 @@ def _option(option: Any) -> str:
     names = ", ".join(f"`{name}`" for name in sorted(option.opts, key=lambda name: name.startswith("--")))
     value = "" if option.is_flag else f" {option.metavar}"
     default = "" if option.is_flag or option.default in (None, []) or option.multiple else f"{option.default}"
-    return f"| {names}{value} | {default} | {option.help} |".replace("on|off|auto", r"on\|off\|auto").replace(
-        "wall|cpu", r"wall\|cpu"
+    return (
+        f"| {names}{value} | {default} | {option.help} |".replace("on|off|auto", r"on\|off\|auto")
+        .replace("wall|cpu", r"wall\|cpu")
+        .replace("N|all", r"N\|all")
     )
 
 

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from edge_csp import __version__
-from edge_csp.cli import bench, chat, demo, info, plan, rpc_server, run
+from edge_csp.cli import bench, chat, demo, info, map, plan, rpc_server, run
 from edge_csp.errors import EdgeCspError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ for module, name in (
     (chat, "chat"),
     (run, "run"),
     (demo, "demo"),
+    (map, "map"),
     (plan, "plan"),
     (info, "info"),
     (rpc_server, "rpc-server"),

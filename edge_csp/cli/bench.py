@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edge_csp.cli import bench_milebench
 from edge_csp.cli.bench_quality import quality
 from edge_csp.cli.options import demo_files
 from edge_csp.errors import BenchError
@@ -114,6 +115,9 @@ def speed(
         upstream_python=upstream_python,
     )
     _run(settings, json_file, plot)
+
+
+bench_milebench.register(app)
 
 
 def _run(settings: Settings, json_file: Path | None, plot: Path | None) -> None:

@@ -280,6 +280,11 @@ class Chat:
         out.print()
         out.print(cells_table(self.session.cache_use()))
 
+    def map(self, argument: str) -> None:
+        from edge_csp.cli.map import FOLDER, write_maps
+
+        write_maps(self.session, Path(os.path.expanduser(argument.strip("\"'"))) if argument else FOLDER)
+
     def undo(self, _argument: str) -> None:
         if not self.session.undo():
             raise EdgeCspError("there is nothing to take back")
@@ -312,6 +317,7 @@ COMMANDS: dict[str, tuple[str, str, Callable[[Chat, str], None]]] = {
     ),
     "unpin": ("N|turn [N]|system", "Let it be evicted.", Chat.unpin),
     "stats": ("", "What has been evaluated, what is kept, how fast.", Chat.stats),
+    "map": ("[DIR]", "Write pictures of the patches that are kept, and show bars of the cells.", Chat.map),
     "undo": ("", "Take back the last message and its answer.", Chat.undo),
     "clear": ("", "Start a new conversation.", Chat.clear),
     "help": ("", "This list.", Chat.help),

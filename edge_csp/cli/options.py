@@ -43,6 +43,10 @@ _prompt = partial(Option, rich_help_panel="Prompt")
 Threads = Annotated[
     int, _model("-t", "--threads", metavar="N", help="Threads; -1: the cores that this process may use.")
 ]
+Prompt = Annotated[str | None, _prompt("-p", "--prompt", metavar="TEXT", help="What to ask; -: read it from stdin.")]
+Images = Annotated[
+    list[Path], _prompt("--image", metavar="FILE", help="Picture that comes with the prompt; may be repeated.")
+]
 
 
 @dataclass(frozen=True)
@@ -181,8 +185,18 @@ class PruningOptions:
         ),
     ] = None
     policy: Annotated[
-        str, _pruning("--policy", metavar="NAME", help="What chooses the cells: csp, random, or full (keeps all).")
+        str,
+        _pruning(
+            "--policy",
+            metavar="NAME",
+            help="What chooses the cells: csp, snapkv, h2o, lookm, streaming, keydiff, random, full (keeps all), or "
+            "your own: module:Class, file.py:Class (docs/policies.md).",
+        ),
     ] = "csp"
+    policy_set: Annotated[
+        list[str],
+        _pruning("--policy-set", metavar="NAME=VALUE", help="A setting of the policy; may be repeated."),
+    ] = field(default_factory=list)
     cross_ratio: Annotated[
         float | None,
         _pruning("--cross-ratio", metavar="R", help="csp: share of the cells that the other modality chooses, 0 to 1."),
@@ -192,7 +206,7 @@ class PruningOptions:
         _pruning(
             "--pool",
             metavar="N",
-            help="csp: average scores over N neighbouring cells; odd; 1: off, as published [default: 5].",
+            help="csp, snapkv: average scores over N neighbouring cells; odd; 1: off, csp as published [default: 5].",
         ),
     ] = None
     softmax_n: Annotated[float, _pruning("--softmax-n", metavar="N", help="n of the softmax that scores.")] = 1.0
@@ -209,7 +223,7 @@ class PruningOptions:
         given = {name: getattr(self, name) for name in ("cross_ratio", "pool") if getattr(self, name) is not None}
         return Pruning(
             parse_budget(budget) if budget else None,
-            make_policy(self.policy, **given),
+            make_policy(clean(self.policy), map(clean, self.policy_set), **given),
             n_obs=self.n_obs,
             n_recent=self.n_recent,
             n_sink=self.n_sink,
@@ -264,12 +278,8 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class PromptOptions:
-    prompt: Annotated[
-        str | None, _prompt("-p", "--prompt", metavar="TEXT", help="What to ask; -: read it from stdin.")
-    ] = None
-    image: Annotated[
-        list[Path], _prompt("--image", metavar="FILE", help="Picture that comes with the prompt; may be repeated.")
-    ] = field(default_factory=list)
+    prompt: Prompt = None
+    image: Images = field(default_factory=list)
     system_prompt: Annotated[str | None, _prompt("-sys", "--system-prompt", metavar="TEXT", help="System message.")] = (
         None
     )
@@ -340,8 +350,9 @@ def opened(
     *,
     cells_of: Sequence[Message] = (),
     on_progress: Progress | None = None,
+    on_notice: Callable[[str], None] | None = None,
 ) -> Iterator[Session]:
-    """A session with these options; its notices go to stderr."""
+    """A session with these options. on_notice: told its notices; default: they go to stderr."""
     from edge_csp.cli.render import say
     from edge_csp.session import open_session
 
@@ -356,7 +367,7 @@ def opened(
                 cells_of=cells_of,
                 prune=prunes,
                 on_progress=on_progress,
-                on_notice=say,
+                on_notice=on_notice or say,
                 **settings,
                 **prompt.settings(),
                 **model.settings(),

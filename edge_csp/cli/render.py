@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 if TYPE_CHECKING:
     from edge_csp.images import Picture
+    from edge_csp.patches import TurnUse
     from edge_csp.session import CacheUse, Counters, Session
 
 _WORDS = {
@@ -24,6 +26,7 @@ _WORDS = {
     "prefill": "reading the prompt",
     "demo": "asking",
 }
+_BAR_WIDTH = 40
 
 
 @cache
@@ -177,6 +180,21 @@ def cells_table(use: CacheUse) -> Table:
     add("pictures", sum(filled), in_pictures)
     add("text", use.n_text, kept[-1])
     add("all", use.n_token, use.n_cell)
+    return table
+
+
+def kept_bars(use: CacheUse, turns: Sequence[TurnUse]) -> Table:
+    """A bar of the cells that are left of every picture, and of the text of every turn."""
+    rows = [
+        (f"{number} {Path(printable(picture.name)).name}", picture.n_cell, picture.kept)
+        for number, picture in enumerate(use.pictures, start=1)
+    ]
+    rows += [(f"turn {turn.number}, text" if turn.number else "system", turn.n_cell, turn.kept) for turn in turns]
+    table = column_table("", "kept", "cells", "")
+    table.add_column("", width=_BAR_WIDTH)
+    for name, n_cell, kept in rows:
+        bar = ProgressBar(total=max(n_cell, 1), completed=kept, width=_BAR_WIDTH)
+        table.add_row(escape(name), f"{kept:.1f}", str(n_cell), percent(kept, n_cell), bar)
     return table
 
 

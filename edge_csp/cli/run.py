@@ -37,7 +37,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the answer.")] = False,
 ) -> None:
     """Ask once, about the pictures given; the answer goes to stdout."""
-    text = _prompt(prompt.prompt)
+    text = prompt_text(prompt.prompt)
     from edge_csp.cli.render import Bars, notes, say
     from edge_csp.images import load_picture
 
@@ -62,7 +62,8 @@ def command(
         print(json.dumps(result, indent=1))
 
 
-def _prompt(given: str | None) -> str:
+def prompt_text(given: str | None) -> str:
+    """What to ask, from -p or from stdin."""
     if given is None and sys.stdin.isatty():
         raise EdgeCspError("no prompt: give one with -p, or on stdin")
     text = sys.stdin.read().rstrip("\n") if given in (None, "-") else clean(str(given))

@@ -2,26 +2,65 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Iterable
 from typing import Any
 
-from edge_csp.errors import PolicyError
 from edge_csp.policy.base import Observation, Policy
 from edge_csp.policy.csp import CspPolicy
 from edge_csp.policy.full import FullPolicy
+from edge_csp.policy.h2o import H2oPolicy
+from edge_csp.policy.keydiff import KeyDiffPolicy
+from edge_csp.policy.lookm import LookMPolicy
+from edge_csp.policy.snapkv import SnapKvPolicy
+from edge_csp.policy.streaming import StreamingPolicy
 from edge_csp.policy.uniform_random import RandomPolicy
 
-__all__ = ["POLICIES", "CspPolicy", "FullPolicy", "Observation", "Policy", "RandomPolicy", "make_policy"]
+__all__ = [
+    "POLICIES",
+    "CspPolicy",
+    "FullPolicy",
+    "H2oPolicy",
+    "KeyDiffPolicy",
+    "LookMPolicy",
+    "Observation",
+    "Policy",
+    "RandomPolicy",
+    "SnapKvPolicy",
+    "StreamingPolicy",
+    "make_policy",
+]
 
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (CspPolicy, FullPolicy, RandomPolicy)}
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy
+    for policy in (
+        CspPolicy,
+        SnapKvPolicy,
+        H2oPolicy,
+        LookMPolicy,
+        StreamingPolicy,
+        KeyDiffPolicy,
+        RandomPolicy,
+        FullPolicy,
+    )
+}
 
 
-def make_policy(name: str, **settings: Any) -> Policy:
-    """The policy of that name. Raises PolicyError for an unknown name, an unknown setting or a value out of range."""
-    if name not in POLICIES:
-        raise PolicyError(f"no policy is named {name!r}; there are {', '.join(sorted(POLICIES))}")
-    known = {field.name for field in fields(POLICIES[name])}
-    if unknown := sorted(settings.keys() - known):
-        has = f"its settings are {', '.join(sorted(known))}" if known else "it has no settings"
-        raise PolicyError(f"policy {name} does not know {', '.join(unknown)}; {has}")
-    return POLICIES[name](**settings)
+def make_policy(name: str, texts: Iterable[str] = (), /, **settings: Any) -> Policy:
+    """The policy of that name.
+
+    name: of POLICIES, or a policy of the user: "package.module:Class", "folder/file.py:Class", or the name of an entry
+    point of the group edge_csp.policies. That one is tried on some small cases first, see check_policy().
+    texts: settings as "name=value", read by the type of the setting.
+
+    Raises PolicyError for an unknown name, a class that cannot be loaded or breaks the contract, an unknown setting, or
+    a value that cannot be read or is out of range.
+    """
+    from edge_csp.policy import load
+
+    policy = POLICIES.get(name) or load.find_policy(name, POLICIES)
+    made = load.with_settings(policy, texts, settings)
+    if policy is not POLICIES.get(name):
+        from edge_csp.policy.check import check_policy
+
+        check_policy(made)
+    return made

@@ -74,6 +74,14 @@ class Observation:
         if "scores" in measured and (highest := int(self.tag.max())) >= (n_modality := self.scores.shape[2]):
             raise PolicyError(f"tag {highest} has no scores: they tell {n_modality} modalities apart")
 
+    def of_layer(self, i: int) -> Observation:
+        """The i-th of these layers alone."""
+        measured = {name: values[i : i + 1] for name, values in self._measured.items()}
+        part = slice(i, i + 1)
+        return Observation(
+            self.tag[part], self.pos[part], span=self.span[part], first_layer=self.first_layer + i, **measured
+        )
+
     def _get(self, name: str) -> FloatArray:
         if name not in self._measured:
             raise PolicyError(f"{name} was not measured: the policy has to name it in `needs`")
@@ -113,8 +121,10 @@ class Observation:
     @property
     def score_self(self) -> FloatArray:
         """f32 [n_layer, n_head_kv, n_cell], mass from the queries of the cell's own modality."""
-        scores: FloatArray = np.take_along_axis(self.scores, self.tag[:, :, None].astype(np.intp), axis=2)[:, :, 0]
-        return scores
+        own = self.scores[:, :, 0].copy()
+        for modality in range(1, self.scores.shape[2]):
+            np.copyto(own, self.scores[:, :, modality], where=self.tag == modality)
+        return own
 
     @property
     def score_cross(self) -> FloatArray:
@@ -140,7 +150,7 @@ class Policy(ABC):
 
     `select` owns the contract: every row keeps exactly `n_keep(budget, n_cell)` cells, among them the protected ones.
     The same arguments give the same cells; inputs are never changed. Layers are chosen on their own: all at once or one
-    after the other gives the same.
+    after the other gives the same. What a policy does wrong is a PolicyError that names the first such row.
     """
 
     name: ClassVar[str]
@@ -171,12 +181,38 @@ class Policy(ABC):
         if n_keep == observation.n_cell:
             everything: IntArray = np.broadcast_to(np.arange(n_keep, dtype=np.int32), observation.shape).copy()
             return everything
+        keep = self._checked(self._picked(observation, n_keep, protected.copy()), observation, n_keep, protected)
+        rows = np.flatnonzero(keep).reshape(-1, n_keep) - np.arange(0, keep.size, observation.n_cell)[:, None]
+        return rows.astype(np.int32).reshape(*observation.shape[:2], n_keep)
+
+    def _picked(self, observation: Observation, n_keep: int, protected: BoolArray) -> object:
+        """What `pick` returns, its errors as PolicyErrors."""
         protected.flags.writeable = False
-        keep = self.pick(observation, n_keep, protected)
-        if keep.shape != observation.shape or (keep.sum(axis=-1) != n_keep).any() or (protected & ~keep).any():
-            raise PolicyError(f"policy {self.name} broke its contract: not {n_keep} cells with the protected ones")
-        cells: IntArray = np.nonzero(keep)[-1].astype(np.int32).reshape(*observation.shape[:2], n_keep)
-        return cells
+        try:
+            return self.pick(observation, n_keep, protected)
+        except MemoryError:
+            raise
+        except PolicyError as error:
+            raise PolicyError(f"policy {self.name}: {error}") from error
+        except Exception as error:
+            does = "changes its input" if "read-only" in str(error) else "failed"
+            raise PolicyError(f"policy {self.name} {does}: {type(error).__name__}: {error}") from error
+
+    def _checked(self, keep: object, observation: Observation, n_keep: int, protected: BoolArray) -> BoolArray:
+        """What `pick` returned, if it keeps the contract."""
+        if not isinstance(keep, np.ndarray) or keep.dtype != np.bool_ or keep.shape != observation.shape:
+            got = f"{keep.dtype} {keep.shape}" if isinstance(keep, np.ndarray) else type(keep).__name__
+            raise PolicyError(f"policy {self.name} broke its contract: pick gave {got}, not bool {observation.shape}")
+        n_kept = np.count_nonzero(keep, axis=-1)
+        lost = protected & ~keep
+        if (wrong := np.argwhere(n_kept != n_keep)).size:
+            what = f"keeps {n_kept[tuple(wrong[0])]} cells instead of {n_keep}"
+        elif (wrong := np.argwhere(lost)).size:
+            what = f"evicts cell {wrong[0][-1]}, which is protected"
+        else:
+            return keep
+        il, head = observation.first_layer + wrong[0][0], wrong[0][1]
+        raise PolicyError(f"policy {self.name} broke its contract: layer {il}, head {head} {what}")
 
     @abstractmethod
     def pick(self, observation: Observation, n_keep: int, protected: BoolArray) -> BoolArray:
@@ -185,3 +221,20 @@ class Policy(ABC):
         Called with 1 <= n_keep < n_cell; `protected` is read-only, holds the last cell and at most n_keep per row.
         Every row of the result has n_keep cells, all protected ones among them.
         """
+
+    @property
+    def merges(self) -> bool:
+        """True if `merge_rows` is to be called for every layer before cells are evicted."""
+        return False
+
+    def merge_rows(
+        self, observation: Observation, k: FloatArray, v: FloatArray, cells: IntArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """The rows of K and V of one layer, after what is evicted has been merged into what stays.
+
+        observation: of this layer alone. k, v: f32 [n_head_kv, n_cell, head_dim], read-only; head_dim of K and V may
+        differ. Keys have the rotation of their positions, and keep it: a cell's position stays what it was.
+        cells: i32 [n_head_kv, n_keep], the cells that stay, ascending.
+        Returns new arrays of the same shapes; only rows of cells that stay matter.
+        """
+        return k, v

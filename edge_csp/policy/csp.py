@@ -43,14 +43,18 @@ class CspPolicy(Policy):
         return n_past - k_cross, k_cross
 
     def pick(self, observation: Observation, n_keep: int, protected: BoolArray) -> BoolArray:
-        k_self, k_cross = self.shares(n_keep - n_recent(protected))
         own, cross = observation.score_self, observation.score_cross
-        if self.pool > 1:
-            own, cross = kernels.pool(own, self.pool), kernels.pool(cross, self.pool)
-        return kernels.csp_select(own, cross, protected, k_self, k_cross, n_keep)
+        keep = np.empty_like(protected)
+        for il, kept in enumerate(protected):
+            k_self, k_cross = self.shares(n_keep - n_recent(kept))
+            rankings = own[il], cross[il]
+            if self.pool > 1:
+                rankings = kernels.pool(own[il], self.pool), kernels.pool(cross[il], self.pool)
+            keep[il] = kernels.csp_select(*rankings, kept, k_self, k_cross, n_keep)
+        return keep
 
 
 def n_recent(protected: BoolArray) -> int:
-    """Cells at the end that are protected in every row of bool [n_layer, n_head_kv, n_cell]."""
-    others = np.flatnonzero(~protected.all(axis=(0, 1)))
+    """Cells at the end that are protected in every head of bool [n_head_kv, n_cell]."""
+    others = np.flatnonzero(~protected.all(axis=0))
     return int(protected.shape[-1] - 1 - others[-1]) if others.size else int(protected.shape[-1])

@@ -1,13 +1,13 @@
 """Selection over the rows [n_layer, n_head_kv] of scores, in numpy and, where numba is installed, compiled.
 
-Both give the same cells. numba is imported at the first large selection only: importing and loading it takes longer
-than numpy needs for a small one.
+Both give the same cells. numba saves some 15 µs a row, but takes a third of a second to import and load: it is
+imported when a process has selected so many rows that it would have paid for itself.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TypeVar, cast
 
@@ -18,7 +18,8 @@ from edge_csp.policy.base import BoolArray, FloatArray
 Array = TypeVar("Array", FloatArray, BoolArray)
 SelectRows = Callable[[FloatArray, FloatArray, BoolArray, int, int, int], BoolArray]
 
-COMPILE_FROM = 1 << 21  # cells of all rows together; below, numpy is done before numba is imported
+COMPILE_AFTER = 1 << 15  # rows that this process has selected
+_n_selected = 0
 
 
 def csp_select(
@@ -32,8 +33,10 @@ def csp_select(
     a ranking that runs out passes its places to the other one, then they go to the earliest cells. Ties go to the
     earlier cell.
     """
+    global _n_selected
     own, cross = _rows(scores_self), _rows(scores_cross)
-    select = compiled_select() if protected.size >= COMPILE_FROM else None
+    _n_selected += len(own)
+    select = compiled_select() if _n_selected >= COMPILE_AFTER else None
     return (select or select_numpy)(own, cross, _rows(protected), k_self, k_cross, n_keep).reshape(protected.shape)
 
 
@@ -42,15 +45,34 @@ def top_select(scores: FloatArray, protected: BoolArray, n_keep: int) -> BoolArr
     return csp_select(scores, scores, protected, 1, 0, n_keep)
 
 
+def ranked_select(first: FloatArray, second: FloatArray, protected: BoolArray, n_keep: int) -> BoolArray:
+    """The protected cells, then the best of `first`, then the best of `second`; same rules and shapes as csp_select."""
+    return csp_select(first, second, protected, 1, 0, n_keep)
+
+
 def pool(scores: FloatArray, width: int) -> FloatArray:
     """Mean over `width` (odd) neighbouring cells, cells beyond the ends counting 0; f32 [..., n_cell] as given."""
-    half, n_cell = width // 2, scores.shape[-1]
-    padded = np.pad(scores, [(0, 0)] * (scores.ndim - 1) + [(half, half)])
-    total: FloatArray = padded[..., :n_cell].copy()
-    for shift in range(1, width):
-        total += padded[..., shift : shift + n_cell]
+    total = np.zeros_like(scores)
+    for here, there in _shifts(width, scores.shape[-1]):
+        total[..., here] += scores[..., there]
     total /= np.float32(width)
     return total
+
+
+def pool_max(scores: FloatArray, width: int) -> FloatArray:
+    """Maximum over `width` (odd) neighbouring cells; f32 [..., n_cell] as given."""
+    highest = scores.copy()
+    for here, there in _shifts(width, scores.shape[-1]):
+        np.maximum(highest[..., here], scores[..., there], out=highest[..., here])
+    return highest
+
+
+def _shifts(width: int, n_cell: int) -> Iterator[tuple[slice, slice]]:
+    """Cells that have a neighbour at a distance, and these neighbours, for the distances of a window, ascending."""
+    for distance in range(-(width // 2), width // 2 + 1):
+        n = max(n_cell - abs(distance), 0)
+        here, there = max(-distance, 0), max(distance, 0)
+        yield slice(here, here + n), slice(there, there + n)
 
 
 def _rows(array: Array) -> Array:
@@ -63,14 +85,15 @@ def select_numpy(
     """csp_select for rows [n_row, n_cell]."""
     kept: BoolArray = protected.copy()
     for own, cross, keep in zip(scores_self, scores_cross, kept, strict=True):
-        places = n_keep - int(keep.sum())
+        places = n_keep - int(np.count_nonzero(keep))
         n_cross = k_cross * places // max(k_self + k_cross, 1)
         n_self = places - n_cross
         n_self -= _take(own, keep, n_self)
         n_cross -= _take(cross, keep, n_cross)
         n_self -= _take(cross, keep, n_self)
         n_cross -= _take(own, keep, n_cross)
-        keep[np.flatnonzero(~keep)[: n_self + n_cross]] = True
+        if n_self + n_cross:
+            keep[np.flatnonzero(~keep)[: n_self + n_cross]] = True
     return kept
 
 
@@ -78,10 +101,17 @@ def _take(score: FloatArray, keep: BoolArray, n: int) -> int:
     """Keep the n best cells that have a score and are not kept yet; returns how many there were."""
     if n == 0:
         return 0
-    cells = np.flatnonzero(~keep & (score > 0))
-    best = cells[np.argsort(-score[cells], kind="stable")[:n]]
-    keep[best] = True
-    return len(best)
+    cells = np.flatnonzero((score > 0) & ~keep)
+    if len(cells) <= n:
+        keep[cells] = True
+        return len(cells)
+    scores = score[cells]
+    lowest = np.partition(scores, -n)[-n]  # a full sort takes 20 times as long
+    above = cells[scores > lowest]
+    ties = cells[scores == lowest]
+    keep[above] = True
+    keep[ties[: n - len(above)]] = True
+    return n
 
 
 @cache

@@ -107,6 +107,47 @@ LLAMA_API int32_t llama_csp_scores(struct llama_csp * csp,
                                    float *            scores,
                                    size_t             n_value);
 
+// Lengths of the keys of some layers, as they are in the cache.
+//   norms: f32 [n_layer][n_head_kv][n_cell], n_value floats
+LLAMA_API int32_t llama_csp_key_norms(struct llama_csp * csp,
+                                      llama_seq_id       seq_id,
+                                      int32_t            layer,
+                                      int32_t            n_layer,
+                                      float *            norms,
+                                      size_t             n_value);
+
+enum llama_csp_rows {
+    LLAMA_CSP_ROWS_K = 0, // with the rotation of their positions
+    LLAMA_CSP_ROWS_V = 1,
+};
+
+// Read or write K or V of one layer. Writing rounds to the type of the cache; values have to be finite.
+//   rows: f32 [n_head_kv][n_cell][head_dim], n_value floats
+LLAMA_API int32_t llama_csp_get_rows(struct llama_csp * csp,
+                                     llama_seq_id       seq_id,
+                                     int32_t            layer,
+                                     int32_t            kind,
+                                     float *            rows,
+                                     size_t             n_value);
+LLAMA_API int32_t llama_csp_set_rows(struct llama_csp * csp,
+                                     llama_seq_id       seq_id,
+                                     int32_t            layer,
+                                     int32_t            kind,
+                                     const float *      rows,
+                                     size_t             n_value);
+
+// The last n_obs queries of the window after RoPE, oldest first, and the positions of their tokens (NULL: not wanted).
+// Fewer queries than n_obs in the window is an error.
+//   queries: f32 [n_layer][n_obs][n_head][head_dim], n_value floats; pos: i32 [n_obs]
+LLAMA_API int32_t llama_csp_queries(struct llama_csp * csp,
+                                    llama_seq_id       seq_id,
+                                    int32_t            layer,
+                                    int32_t            n_layer,
+                                    int32_t            n_obs,
+                                    float *            queries,
+                                    int32_t *          pos,
+                                    size_t             n_value);
+
 struct llama_csp_select_params {
     int32_t k_self;   // cells taken by the votes of their own modality
     int32_t k_cross;  // cells taken by the votes of all other modalities

@@ -49,6 +49,9 @@ struct llama_csp_stream {
 
     void forget_queries(int32_t first); // of the cells from first on: these are empty, or filled anew
 
+    // The queries that vote: the last n_obs that still have a cell, newest first. Rows of the ring.
+    std::vector<int32_t> find_voters(int32_t n_obs) const;
+
     int32_t          index; // in the cache
     llama_kv_cells * cells; // upstream's
 
@@ -98,6 +101,7 @@ struct llama_csp {
     void attach(llama_csp * csp); // this, or null
     void drop_graphs();           // the next decode builds new ones
     void use_huge_pages() const;
+    bool v_is_transposed() const;
     void finish_copies(); // between streams: llama_memory_seq_cp leaves them to the next decode
 
     // waits for pending work; n_thread is set on every backend

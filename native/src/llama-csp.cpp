@@ -233,6 +233,10 @@ void llama_csp::drop_graphs() {
     ctx->sched_need_reserve = true;
 }
 
+bool llama_csp::v_is_transposed() const {
+    return kv->v_trans;
+}
+
 void llama_csp::finish_copies() {
     if (!kv->sc_info.empty()) {
         ctx->memory_update(/*optimize =*/false);

@@ -316,8 +316,10 @@ def test_specs() -> None:
     [
         ("nonsense", PolicyError, "nonsense"),
         ("csp:depth=3", PolicyError, "depth"),
-        ("csp:pool", PolicyError, "csp:pool"),
-        ("csp:pool=1,n_obs", BenchError, "n_obs"),
+        ("csp:pool", PolicyError, "csp"),
+        ("csp:pool=1,n_obs", BenchError, "n_obs is ''"),
+        ("csp:pool=1,", PolicyError, "name=value"),
+        ("lookm:merge=average", BenchError, "merges"),
         ("csp:n_obs=many", BenchError, "many"),
         ("csp:n_sink=-1", BenchError, "-1"),
         ("downsample:side=2", BenchError, "no settings"),

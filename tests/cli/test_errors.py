@@ -112,7 +112,7 @@ def test_no_model(refused: Refused) -> None:
 
 def test_settings_out_of_range(refused: Refused, model: list[str]) -> None:
     for option, value, word in (
-        ("--policy", "best", "csp, full, random"),
+        ("--policy", "best", "csp, full, h2o"),
         ("--cross-ratio", "nan", "between 0 and 1"),
         ("--softmax-n", "-1", "softmax_n"),
         ("--n-recent", "-1", "n_recent"),
@@ -124,6 +124,8 @@ def test_settings_out_of_range(refused: Refused, model: list[str]) -> None:
     ):
         refused(*ask(model, option, value), words=(word,))
     refused(*ask(model, "--policy", "random", "--cross-ratio", "0.5"), words=("cross_ratio",))
+    refused(*ask(model, "--policy", "no.such.module:Policy"), words=("no.such.module:Policy", "cannot be loaded"))
+    refused(*ask(model, "--policy-set", "pool=two"), words=("pool", "'two'", "a whole number"))
 
 
 def test_wrong_usage(refused: Refused, model: list[str]) -> None:

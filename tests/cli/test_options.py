@@ -39,7 +39,9 @@ def test_docs_are_up_to_date() -> None:
     assert written == write_cli_docs.text(), "run python tools/write_cli_docs.py"
 
 
-@pytest.mark.parametrize("command", [[], ["chat"], ["run"], ["demo"], ["info"], ["bench", "speed"]])
+@pytest.mark.parametrize(
+    "command", [[], ["chat"], ["run"], ["demo"], ["map"], ["info"], ["bench", "speed"], ["bench", "milebench"]]
+)
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--help"]) == 0
     shown = capsys.readouterr().out

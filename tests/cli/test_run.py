@@ -23,7 +23,7 @@ def test_answer_on_stdout_notes_on_stderr(cli: Cli, model: list[str], pictures: 
     assert kept.startswith("kept ")
 
 
-@pytest.mark.parametrize("policy", ["csp", "random", "full"])
+@pytest.mark.parametrize("policy", ["csp", "snapkv", "streaming", "random", "full"])
 def test_json_adds_up(cli: Cli, model: list[str], pictures: list[Path], policy: str) -> None:
     images = [argument for path in pictures[:3] for argument in ("--image", path)]
     result = cli("run", "-p", "What is in picture 1?", *images, "--budget", "40%", "--policy", policy, "--json", *model)
@@ -37,6 +37,40 @@ def test_json_adds_up(cli: Cli, model: list[str], pictures: list[Path], policy: 
     assert (got["policy"], got["budget"]) == (policy, "40%")
     assert got["finish_reason"] in ("stop", "length")
     assert got["times"]["n_generated"] <= 8
+
+
+def test_a_policy_of_the_user(cli: Cli, model: list[str], pictures: list[Path], tmp_path: Path) -> None:
+    """It is asked, with its settings, for every layer."""
+    (tmp_path / "mine.py").write_text(MINE, encoding="utf-8")
+    policy = f"{tmp_path / 'mine.py'}:Mine"
+    ask = ["run", "-p", "What is in picture 1?", "--image", pictures[0], "--budget", "40%", *model, "--policy", policy]
+    result = cli(*ask, "--policy-set", "seen=a word", "--json")
+    assert json.loads(result.stdout)["policy"] == policy
+    assert "a word, layer 3" in result.stderr
+    assert "Traceback" not in result.stderr
+    result = cli(*ask, "--policy-set", "wrong=on")
+    assert result.returncode == 1
+    assert "policy mine broke its contract: layer 0, head 0 keeps" in result.stderr
+
+
+MINE = """
+import sys
+from dataclasses import dataclass
+from typing import ClassVar
+
+from edge_csp.policy import StreamingPolicy
+
+@dataclass(frozen=True)
+class Mine(StreamingPolicy):
+    name: ClassVar[str] = "mine"
+    seen: str = ""
+    wrong: bool = False
+
+    def pick(self, observation, n_keep, protected):
+        for il in range(observation.shape[0]):
+            print(f"{self.seen}, layer {observation.first_layer + il}", file=sys.stderr)
+        return super().pick(observation, n_keep + self.wrong, protected)
+"""
 
 
 def test_seed_repeats_an_answer(cli: Cli, model: list[str]) -> None:

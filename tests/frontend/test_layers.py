@@ -17,9 +17,11 @@ MAY_IMPORT = {leaf: {"errors"} for leaf in LEAVES} | {
     "context": {"native", "model", "metadata", "policy", "budget", "errors"},
     "sampling": {"native", "model", "errors"},
     "items": {"model"},
+    "overlay": {"errors"},
+    "patches": {"items", "errors"},
     "pruning": {"context", "policy", "budget", "errors"},
     "plan": {"native", "budget", "images", "metadata", "model", "context", "session", "errors"},
-    "session": LEAVES | {"context", "sampling", "pruning", "items", "errors"},
+    "session": LEAVES | {"context", "sampling", "pruning", "items", "patches", "errors"},
 }
 
 

@@ -94,15 +94,21 @@ def test_compiled_is_numpy_on_odd_floats() -> None:
         assert np.array_equal(select(own, cross, protected, 3, 4, n_keep), expected)
 
 
-def test_large_selections_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And without numba they are not, with the same result."""
+def test_many_selections_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the row on that makes numba worth its import; without numba they are not, with the same result."""
+    monkeypatch.setattr(kernels, "_n_selected", 0)
+    monkeypatch.setattr(kernels, "COMPILE_AFTER", 12)
+    calls = []
+    monkeypatch.setattr(kernels, "compiled_select", lambda: calls.append("numba"))
     generator = np.random.default_rng(0)
     own, cross = generator.random((2, 2, 3, 40), np.float32)
     protected = np.zeros((2, 3, 40), np.bool_)
     expected = kernels.csp_select(own, cross, protected, 6, 6, 12)
-    monkeypatch.setattr(kernels, "COMPILE_FROM", 0)
+    assert not calls
     assert np.array_equal(kernels.csp_select(own, cross, protected, 6, 6, 12), expected)
-    monkeypatch.setattr(kernels, "compiled_select", lambda: None)
+    assert calls
+    monkeypatch.undo()
+    monkeypatch.setattr(kernels, "COMPILE_AFTER", 0)
     assert np.array_equal(kernels.csp_select(own, cross, protected, 6, 6, 12), expected)
 
 
@@ -186,8 +192,8 @@ def test_policy_is_the_kernel_with_the_shares_of_the_budget() -> None:
     protected = np.zeros(observation.shape, np.bool_)
     protected[..., :4] = protected[..., 90:] = True
     protected[1, 0, 20:23] = True
-    assert n_recent(protected) == 10
-    assert n_recent(np.ones((1, 1, 5), np.bool_)) == 5
+    assert n_recent(protected[0]) == n_recent(protected[1]) == 10
+    assert n_recent(np.ones((1, 5), np.bool_)) == 5
     cells = CspPolicy(cross_ratio=0.3, pool=1).select(observation, 40, protected)
     keep = kernels.csp_select(observation.score_self, observation.score_cross, protected, 21, 9, 40)
     assert np.array_equal(cells, np.nonzero(keep)[-1].reshape(2, 2, 40))
@@ -198,6 +204,22 @@ def test_pool() -> None:
     assert kernels.pool(scores, 3).tolist() == [[1, 1, 1, 2, 2]]
     assert kernels.pool(scores, 1).tolist() == scores.tolist()
     assert kernels.pool(scores, 9)[0].tolist() == [np.float32(9) / np.float32(9)] * 5
+    assert kernels.pool_max(scores, 3).tolist() == [[3, 3, 3, 6, 6]]
+    assert kernels.pool_max(scores, 1).tolist() == scores.tolist()
+    assert kernels.pool_max(scores, 101).tolist() == [[6] * 5]
+
+
+@pytest.mark.parametrize(("width", "n_cell"), [(3, 1), (5, 2), (5, 100), (7, 33), (51, 20)])
+def test_pool_sums_from_left_to_right(width: int, n_cell: int) -> None:
+    """To the last bit: picks must not depend on how the sum is computed."""
+    scores = np.random.default_rng(n_cell).random((2, 3, n_cell), np.float32)
+    padded = np.pad(scores, [(0, 0), (0, 0), (width // 2, width // 2)])
+    for cell in range(n_cell):
+        total = np.float32(0)
+        for neighbour in range(width):
+            total = total + padded[..., cell + neighbour]
+        assert np.array_equal(kernels.pool(scores, width)[..., cell], total / np.float32(width))
+        assert np.array_equal(kernels.pool_max(scores, width)[..., cell], padded[..., cell : cell + width].max(axis=-1))
 
 
 def test_pooling_keeps_neighbours() -> None:
