@@ -546,7 +546,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_plot(settings: run.Settings, whole: list[dict[str, Any]], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     report.write_plot(tmp_path / "quality.png", report.Summaries(settings, whole, None))
-    assert Image.open(tmp_path / "quality.png").size[0] > 1000
+    with Image.open(tmp_path / "quality.png") as drawn:
+        assert drawn.size[0] > 1000
     with pytest.raises(BenchError, match="cannot be written"):
         report.write_plot(tmp_path / "missing" / "quality.png", report.Summaries(settings, whole, None))
 

@@ -265,11 +265,14 @@ def _in_parallel(settings: Settings, jobs: Sequence[Job]) -> Generator[dict[str,
 def _work(settings: Settings, todo: Any, results: Any) -> None:
     """A worker process: a record after the other, None after each job, a text where it cannot go on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its workers
-    worker = Worker(settings)
+    worker, parent = Worker(settings), multiprocessing.parent_process()
+    assert parent
     try:
         for job in iter(todo.get, None):
             for record in worker.do(job):
                 results.put(record)
+                if not parent.is_alive():
+                    return  # killed: nobody reads what is found
             results.put(None)
     except EdgeCspError as error:
         results.put(str(error))
