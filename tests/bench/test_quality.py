@@ -26,12 +26,16 @@ from edge_csp.bench.quality.albums import (
     read_album,
 )
 from edge_csp.bench.quality.protocols import PROTOCOLS, Plan, measure
-from edge_csp.bench.quality.reading import Record, chat_messages, open_context
+from edge_csp.bench.quality.reading import Reading, Record, chat_messages, open_context
 from edge_csp.bench.quality.specs import groups, parse_spec
 from edge_csp.budget import parse_budget
 from edge_csp.cli import main
 from edge_csp.errors import BenchError, EdgeCspError, ImageError, PolicyError
+from edge_csp.metadata import read_info
 from edge_csp.policy import CspPolicy
+from tests.oracle.random_mmproj import make_mmproj
+from tests.oracle.random_models import make_model
+from tools.train_demo.chat import byte_alphabet
 
 N_PREDICT = 12
 GREEDY = Sampling(temperature=0)
@@ -295,6 +299,59 @@ def test_all_picture_tokens_are_the_full_cache(model: VisionModel, album: Album)
     assert any(not one.same for one in by_budget["5%"])
 
 
+# --- other models ---
+
+
+def random_model(folder: Path, arch: str, projector: str) -> tuple[Path, Path]:
+    """A model with random weights that knows all bytes, and its encoder."""
+    tokens = [*byte_alphabet(), *(f"<x{i}>" for i in range(64))]
+    text = make_model(folder / f"{arch}.gguf", arch, n_vocab=len(tokens), tokens=tokens, n_ff=256)
+    return text, make_mmproj(folder / f"mmproj-{arch}.gguf", projector, n_out=read_info(text).n_embd_inp)
+
+
+def test_mrope_pictures(tmp_path: Path, album: Album) -> None:
+    """Cells of a picture share a position, so only their order tells them apart."""
+    with VisionModel(*random_model(tmp_path, "qwen2vl", "qwen2vl_merger"), n_threads=1) as opened:
+        found = measured(opened, album, "full", "csp", budgets=["100%", "20%"])
+        for one in found:
+            if one.policy == "full" or (one.budget == "100%" and one.protocol != "bounded"):
+                assert one.same
+                assert one.kl < 1e-6
+        assert any(not one.same for one in found)
+        with pytest.raises(BenchError, match="no downsample"):
+            measured(opened, album, "downsample")
+
+
+def test_a_cache_that_takes_nothing_back(tmp_path: Path, album: Album) -> None:
+    with (
+        VisionModel(*random_model(tmp_path, "lfm2", "mlp"), n_threads=1) as opened,
+        pytest.raises(BenchError, match="takes nothing back"),
+    ):
+        measured(opened, album, "csp")
+
+
+ALTERNATES = """\
+{%- for m in messages -%}
+{%- if (m.role == 'user') != (loop.index0 % 2 == 0) -%}{{ raise_exception('roles must alternate') }}{%- endif -%}
+[{{ m.role }}]{% if m.content is string %}{{ m.content }}{% else %}
+{%- for p in m.content %}{{ p.text if p.type == 'text' else '<__media__>' }}{% endfor %}{% endif %}
+{%- endfor -%}{%- if add_generation_prompt -%}[assistant]{%- endif -%}"""
+REWRITES = "{{ messages | length }}" + ALTERNATES
+
+
+def test_templates(demo_files: tuple[Path, Path], album: Album) -> None:
+    with VisionModel(*demo_files, n_threads=1) as opened:
+        opened.info = replace(opened.info, chat_template=ALTERNATES)
+        with open_context(opened, album, [], N_PREDICT) as context:
+            reading = Reading(context, album, N_PREDICT)
+            assert reading.messages[-1] == {"role": "assistant", "content": "Okay."}
+            assert reading.text.endswith("[assistant]Okay.")
+        assert all(one.same for one in measured(opened, album, "full"))
+        opened.info = replace(opened.info, chat_template=REWRITES)
+        with pytest.raises(BenchError, match="rewrites earlier turns"):
+            measured(opened, album, "full", protocols=["before"])
+
+
 # --- policies and their settings ---
 
 
@@ -488,12 +545,11 @@ def test_another_run_needs_another_file(settings: run.Settings, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("n_job", [1, 2])
-def test_what_fails_is_named(settings: run.Settings, tmp_path: Path, n_job: int) -> None:
-    write_album(tmp_path, messages=[{"role": "user", "content": [{"type": "text", "text": "Hello."}]}])
-    broken = replace(settings, source=Source(1, 8, folder=tmp_path), n_job=n_job)
-    (tmp_path / "text.gguf").write_bytes(b"GGUF")
-    with pytest.raises(EdgeCspError, match=r"text\.gguf"):
-        run.run(replace(broken, models=(run.ModelFiles("text", tmp_path / "text.gguf"),)), None)
+def test_what_fails_is_named(settings: run.Settings, demo_files: tuple[Path, Path], tmp_path: Path, n_job: int) -> None:
+    (tmp_path / "text.gguf").write_bytes(demo_files[0].read_bytes())  # and nothing that reads pictures
+    broken = replace(settings, models=(run.ModelFiles("text", tmp_path / "text.gguf"),), n_job=n_job)
+    with pytest.raises(BenchError, match=r"^text, album \d of 2 pictures: .*has no mmproj"):
+        run.run(broken, None)
     with pytest.raises(BenchError, match=r"missing\.gguf cannot be read"):
         run.run(replace(broken, models=(run.ModelFiles("x", tmp_path / "missing.gguf"),)), None)
 
