@@ -111,9 +111,10 @@ def _run(
     with _progress() as progress:
         records = run(settings, out, limit=limit, on_progress=progress)
     found = reports.Summaries(settings, records, against)
-    table = reports.table(found)
-    width = stdout().measure(table, options=stdout().options.update(max_width=1000)).maximum
-    stdout().print(table, width=width, crop=False)  # as wide as it is: a policy may have many settings
+    table, console = reports.table(found), stdout()
+    width = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    console.width = max(console.width, width)  # a policy may have many settings
+    console.print(table)
     if report:
         _write(report, reports.markdown(found))
     if plot:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -104,20 +104,24 @@ def _about(picture: int | None) -> str:
     return "old " if picture is None else "new "
 
 
-def read_albums(folder: Path) -> list[Album]:
-    """The albums of a folder: of `album.json` in it, or of every folder in it that has one, in the order of names.
+def album_files(folder: Path) -> list[Path]:
+    """`album.json` in a folder, or in every folder in it that has one, in the order of names.
 
-    Raises BenchError naming the file and what is wrong with it, ImageError for a picture.
+    Raises BenchError if there is none.
     """
     if not folder.is_dir():
         raise BenchError(f"{folder} is no folder")
     files = [folder / "album.json"] if (folder / "album.json").is_file() else sorted(folder.glob("*/album.json"))
     if not files:
         raise BenchError(f"{folder}: neither album.json nor folders with one")
-    return [_read_album(file, folder) for file in files]
+    return files
 
 
-def _read_album(file: Path, folder: Path) -> Album:
+def read_album(file: Path) -> Album:
+    """An album of the user's own, with its pictures. The format: docs/bench.md.
+
+    Raises BenchError naming the file and what is wrong with it, ImageError for a picture.
+    """
     pictures: dict[str, Picture] = {}
 
     def part(given: dict[str, Any]) -> dict[str, Any]:
@@ -155,10 +159,19 @@ def _read_album(file: Path, folder: Path) -> Album:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         missing = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise BenchError(f"{file} is no album: {missing}") from error
-    name = file.parent.name if file.parent != folder else folder.name
     shown = [one for message in messages for one in message["content"]] or [one for turn in turns for one in turn.parts]
     n_picture = sum(one["type"] == "image" for one in shown)
-    return Album(name, n_picture, list(messages), questions, turns)
+    return Album(file.parent.resolve().name, n_picture, list(messages), questions, turns)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What an album has, and its number."""
+
+    n_picture: int
+    index: int
+    n_question: int
+    n_turn: int
 
 
 @dataclass(frozen=True)
@@ -171,16 +184,22 @@ class Source:
     n_pictures: tuple[int, ...] = ()
     folder: Path | None = None
 
-    def ids(self) -> list[tuple[int, int]]:
-        """(pictures, number) of every album; Source.album() makes it."""
+    def shapes(self) -> list[Shape]:
+        """Of every album. Raises EdgeCspError if one of a folder is damaged."""
         if self.folder is None:
-            return [(n, index) for n in self.n_pictures for index in range(self.n_album)]
-        return [(album.n_picture, index) for index, album in enumerate(read_albums(self.folder)[: self.n_album])]
+            return [
+                Shape(n, index, self.n_question, 2 * n - 1) for n in self.n_pictures for index in range(self.n_album)
+            ]
+        albums = (self.album(0, index) for index in range(min(self.n_album, len(album_files(self.folder)))))
+        return [
+            Shape(album.n_picture, index, len(album.questions), len(album.turns)) for index, album in enumerate(albums)
+        ]
 
     def album(self, n_picture: int, index: int) -> Album:
+        """One of them; those of a folder have their own number of pictures."""
         if self.folder is None:
             return draw_album(index, n_picture, self.n_question, self.seed)
-        album = read_albums(self.folder)[index]
+        album = read_album(album_files(self.folder)[index])
         return replace(album, questions=album.questions[: self.n_question])
 
     def digest(self) -> str:
@@ -188,11 +207,7 @@ class Source:
         if self.folder is None:
             return ""
         digest = hashlib.sha256()
-        for file in _files(self.folder):
+        for file in sorted(file for file in self.folder.rglob("*") if file.is_file()):
             digest.update(f"{file.relative_to(self.folder).as_posix()} {file.stat().st_size} ".encode())
             digest.update(file.read_bytes())
         return digest.hexdigest()[:16]
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (file for file in sorted(folder.rglob("*")) if file.is_file())

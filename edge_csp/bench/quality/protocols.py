@@ -172,11 +172,11 @@ def ask_downsampled(reading: Reading, plan: Plan, spec: Spec) -> Iterator[Record
                 n_budget = budget.cells(n_token, context.bytes_per_cell)
                 kept, seconds = album.read(n_budget - n_tail)
                 n_cell = round(kept.text + kept.picture) + n_tail
-                chosen = Selection(spec, budget, None, n_token, n_budget, n_cell, kept, 0.0)
+                chosen = Selection(spec, budget, None, n_token, n_budget, n_cell, kept, extra_s=seconds)
                 for asked in chat:
                     now = cache.decode(context, asked.tail)
                     got = cache.answer(context, now, asked.full, reading.n_predict)
-                    yield asked.record(protocol, chosen, got, extra_s=seconds)
+                    yield asked.record(protocol, chosen, got)
 
 
 def ask_bounded(context: Context, album: Album, plan: Plan) -> Iterator[Record]:

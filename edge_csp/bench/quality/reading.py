@@ -70,7 +70,7 @@ Pair = tuple[Spec, Budget]
 @dataclass(frozen=True)
 class Selection:
     """What stays. cells: i32 [n_layer, n_head_kv, n_keep], None where nothing has to be evicted any more. n_token,
-    n_budget, n_cell, kept: see Record. seconds: of choosing them.
+    n_budget, n_cell, kept, extra_token, extra_s: see Record. seconds: of choosing them.
     """
 
     spec: Spec
@@ -80,7 +80,9 @@ class Selection:
     n_budget: int
     n_cell: int
     kept: Kept
-    seconds: float
+    seconds: float = 0.0
+    extra_token: int = 0
+    extra_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,7 @@ class Asked:
     full: Reference
     turn: int = 0
 
-    def record(
-        self, protocol: str, chosen: Selection, got: Answer, seconds: float = 0.0, *, extra_s: float = 0.0
-    ) -> Record:
+    def record(self, protocol: str, chosen: Selection, got: Answer, seconds: float = 0.0) -> Record:
         """seconds: of moving the cells."""
         return Record(
             protocol=protocol,
@@ -116,7 +116,8 @@ class Asked:
             same=got.same,
             kl=got.kl,
             evict_s=chosen.seconds + seconds,
-            extra_s=extra_s,
+            extra_token=chosen.extra_token,
+            extra_s=chosen.extra_s,
         )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from edge_csp import __version__
@@ -62,6 +64,8 @@ def percent(share: float) -> str:
 
 def interval(difference: Difference) -> str:
     """Percentage points."""
+    if math.isinf(difference.low):
+        return "no interval"
     return f"{100 * difference.low:+.1f} … {100 * difference.high:+.1f}".replace("-", "−")
 
 
@@ -72,15 +76,15 @@ def table(found: Summaries) -> Table:
     for budget in found.settings.budgets:
         out.add_column(budget, justify="right", no_wrap=True)
     for protocol in found.protocols:
-        out.add_row(f"[bold]{protocol}[/bold] (full {_full(found, protocol)})")
+        out.add_row(f"[bold]{protocol}[/bold] (full {percent(_full(found, protocol))})")
         for policy in found.policies(protocol):
             out.add_row(f"  {policy}", *(_short(one) for one in found.row(protocol, policy)))
     return out
 
 
-def _full(found: Summaries, protocol: str) -> str:
-    every = [one for key, one in found.found.items() if key[0] == protocol]
-    return percent(max(every, key=lambda one: one.n).full)
+def _full(found: Summaries, protocol: str) -> float:
+    """Accuracy of the full cache, on the questions of the policy that answered most."""
+    return max((one for key, one in found.found.items() if key[0] == protocol), key=lambda one: one.n).full
 
 
 def _short(one: Summary | None) -> str:
@@ -134,7 +138,9 @@ def markdown(found: Summaries) -> str:
     for protocol in found.protocols:
         rows = [[f"`{policy}`", *map(_cell, found.row(protocol, policy))] for policy in found.policies(protocol)]
         n = max(one.n for key, one in found.found.items() if key[0] == protocol)
-        parts.append(f"**{WORDS[protocol]}** (`{protocol}`): {n} answers each, full cache {_full(found, protocol)}\n")
+        parts.append(
+            f"**{WORDS[protocol]}** (`{protocol}`): {n} answers each, full cache {percent(_full(found, protocol))}\n"
+        )
         parts.append(_markdown_table(["policy", *settings.budgets], rows))
     if found.against:
         parts.append(_against(found))
@@ -214,31 +220,39 @@ def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def write_plot(path: Path, found: Summaries) -> None:
-    """Accuracy against the cells that stay, a panel per protocol. Raises BenchError if the file cannot be written."""
+    """Accuracy at every budget, a panel per protocol; what has more cells than the budget is left out.
+
+    Raises BenchError if the file cannot be written.
+    """
     from matplotlib.figure import Figure
 
     n = max(1, len(found.protocols))
-    columns = min(3, n)
-    rows = -(-n // columns)
-    figure = Figure(figsize=(5.5 * columns, 4 * rows), layout="constrained")
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    n_column = min(3, n)
+    n_row = -(-n // n_column)
+    figure = Figure(figsize=(5 * n_column, 3.5 * n_row + 0.5), layout="constrained")
+    panels = list(figure.subplots(n_row, n_column, squeeze=False).flat)
     for axes, protocol in zip(panels, found.protocols, strict=False):
-        axes.set(title=protocol, xlabel="cells that stay, %", ylabel="right answers, %")
-        for policy in found.policies(protocol):
-            ones = sorted((one for one in found.row(protocol, policy) if one), key=lambda one: one.share)
-            if all(one.share == 1 for one in ones):
-                axes.axhline(100 * ones[0].accuracy, linestyle="--", color="grey", label=policy)
-                continue
-            share, right = [100 * one.share for one in ones], [100 * one.accuracy for one in ones]
-            axes.plot(share, right, "o-", label=policy)
-            low = [100 * (one.full + one.to_full.low) for one in ones]
-            high = [100 * (one.full + one.to_full.high) for one in ones]
-            axes.fill_between(share, low, high, alpha=0.15)
-        axes.set(xscale="log", ylim=(0, 101))
-        axes.legend(fontsize="small")
+        _plot(axes, found, protocol)
     for axes in panels[len(found.protocols) :]:
         axes.set_visible(False)
+    lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
+    figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=6)
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
         raise BenchError(f"{path} cannot be written ({getattr(error, 'strerror', None) or error})") from error
+
+
+def _plot(axes: Any, found: Summaries, protocol: str) -> None:
+    budgets = found.settings.budgets
+    axes.axhline(100 * _full(found, protocol), linestyle="--", color="grey", label="full cache")
+    for number, policy in enumerate(found.settings.policies):
+        ones = [(at, one) for at, one in enumerate(found.row(protocol, policy)) if one and not one.is_over]
+        if not ones:
+            continue
+        at, right = [at for at, _ in ones], [100 * one.accuracy for _, one in ones]
+        axes.plot(at, right, "o-", color=f"C{number}", label=policy)
+        bounds = [(100 * (one.full + one.to_full.low), 100 * (one.full + one.to_full.high)) for _, one in ones]
+        if np.isfinite(bounds).all():
+            axes.fill_between(at, *zip(*bounds, strict=True), color=f"C{number}", alpha=0.12)
+    axes.set(title=protocol, ylabel="right answers, %", ylim=(0, 102), xticks=range(len(budgets)), xticklabels=budgets)

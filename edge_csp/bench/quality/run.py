@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import multiprocessing
 import queue
 import signal
@@ -132,9 +133,9 @@ def run(
     """
     with Records(out, settings.to_dict()) as records:
         expected = expected_keys(settings)
-        n_all, n_done = len(expected), len(expected & records.done)
+        n_all, n_done = len(expected), sum(key in records.done for key in expected)
         on_progress(n_done, n_all)
-        jobs = _jobs(settings, expected - records.done, records.done)
+        jobs = _jobs(settings, expected, records.done)
         found = _in_turn(settings, jobs) if settings.n_job == 1 else _in_parallel(settings, jobs)
         try:
             for number, record in enumerate(found, start=1):
@@ -144,46 +145,34 @@ def run(
                     break
         finally:
             found.close()
-        return [record for record in records.records if key_of(record) in expected]
+        wanted = set(expected)
+        return [record for record in records.records if key_of(record) in wanted]
 
 
-def expected_keys(settings: Settings) -> set[Key]:
-    """Of all records that the settings ask for."""
-    keys: set[Key] = set()
-    source, specs = settings.source, settings.specs()
-    for n_picture, index in source.ids():
-        if source.folder is None:
-            n_question, n_turn = source.n_question, 2 * n_picture - 1
-        else:
-            album = source.album(n_picture, index)
-            n_question, n_turn = len(album.questions), len(album.turns)
-        n_later = n_question // N_CHAT * N_CHAT or (n_question if n_question > 1 else 0)
-        n_of = {"later": n_later, "bounded": n_turn}
-        for protocol in settings.protocols:
-            for number in range(n_of.get(protocol, n_question)):
-                keys |= {
-                    (model.name, n_picture, index, protocol, spec.text, budget, number)
-                    for model in settings.models
-                    for spec in specs
-                    for budget in settings.budgets
-                    if spec.policy is not None or protocol != "bounded"
-                }
+def expected_keys(settings: Settings) -> list[Key]:
+    """Of all records that the settings ask for, model after model and album after album."""
+    specs = settings.specs()
+    keys: list[Key] = []
+    for model, shape in itertools.product(settings.models, settings.source.shapes()):
+        n_later = shape.n_question // N_CHAT * N_CHAT or (shape.n_question if shape.n_question > 1 else 0)
+        n_of = {"later": n_later, "bounded": shape.n_turn}
+        for protocol, spec, budget in itertools.product(settings.protocols, specs, settings.budgets):
+            if spec.policy is None and protocol == "bounded":
+                continue  # a conversation does not tell beforehand how many pictures have to fit
+            for number in range(n_of.get(protocol, shape.n_question)):
+                keys.append((model.name, shape.n_picture, shape.index, protocol, spec.text, budget, number))
     return keys
 
 
-def _jobs(settings: Settings, missing: set[Key], done: set[Key]) -> list[Job]:
-    """Jobs with something to do, model after model."""
+def _jobs(settings: Settings, expected: Sequence[Key], done: set[Key]) -> list[Job]:
+    """Jobs with something to do."""
+    models = {model.name: model for model in settings.models}
     n_same = KEY.index("protocol")
-    todo = {key[:n_same] for key in missing}
-    have: dict[Any, set[Any]] = {}
+    have: dict[Any, set[Any]] = {key[:n_same]: set() for key in expected if key not in done}
     for key in done:
-        have.setdefault(key[:n_same], set()).add(key[n_same:])
-    return [
-        Job(model, n_picture, index, frozenset(have.get((model.name, n_picture, index), ())))
-        for model in settings.models
-        for n_picture, index in settings.source.ids()
-        if (model.name, n_picture, index) in todo
-    ]
+        if key[:n_same] in have:
+            have[key[:n_same]].add(key[n_same:])
+    return [Job(models[key[0]], key[1], key[2], frozenset(found)) for key, found in have.items()]
 
 
 class Worker:
@@ -276,11 +265,14 @@ def _in_parallel(settings: Settings, jobs: Sequence[Job]) -> Generator[dict[str,
 def _work(settings: Settings, todo: Any, results: Any) -> None:
     """A worker process: a record after the other, None after each job, a text where it cannot go on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its workers
-    worker = Worker(settings)
+    worker, parent = Worker(settings), multiprocessing.parent_process()
+    assert parent
     try:
         for job in iter(todo.get, None):
             for record in worker.do(job):
                 results.put(record)
+                if not parent.is_alive():
+                    return  # killed: nobody reads what is found
             results.put(None)
     except EdgeCspError as error:
         results.put(str(error))

@@ -6,7 +6,7 @@ fewer picture tokens, and evicts nothing.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -39,38 +39,31 @@ class Spec:
 
 
 def parse_spec(text: str) -> Spec:
-    """Raises PolicyError for an unknown policy or setting, BenchError for a setting without a value."""
+    """Raises PolicyError for an unknown policy or setting, BenchError for what cannot be measured."""
     head, _, tail = text.rpartition(":")
-    name, settings = (head, _settings(text, tail)) if "=" in tail and head else (text, {})
+    name, given = (head, tail.split(",")) if "=" in tail and head else (text, [])
     if name == DOWNSAMPLE:
-        if settings:
+        if given:
             raise BenchError(f"{DOWNSAMPLE} has no settings: {text!r}")
         return Spec(text, None)
-    overrides = tuple((key, value) for key, value in settings.items() if key in OVERRIDES)
-    own = {key: value for key, value in settings.items() if key not in OVERRIDES}
-    spec = Spec(text, make_policy(name, **own), overrides)
-    _check(spec)
-    return spec
+    own = [one for one in given if one.partition("=")[0].strip() not in OVERRIDES]
+    policy = make_policy(name, own)
+    if policy.merges:
+        raise BenchError(f"{text} merges what it evicts, which cannot be put back for the next question")
+    return Spec(text, policy, tuple(_override(text, one) for one in given if one not in own))
 
 
-def _check(spec: Spec) -> None:
-    for key, value in spec.overrides:
-        default = getattr(Pruning(), key)
-        if isinstance(default, int | float) and (isinstance(value, bool | str) or value < 0):
-            raise BenchError(f"{key} is {value!r} in {spec.text!r}: it is a number, 0 or more")
-
-
-def _settings(text: str, given: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for one in given.split(","):
-        key, equals, value = one.partition("=")
-        if not (key.strip() and equals and value.strip()):
-            raise BenchError(f"{one!r} in {text!r} is no SETTING=VALUE")
-        try:
-            found[key.strip()] = json.loads(value)
-        except ValueError:
-            found[key.strip()] = value.strip()
-    return found
+def _override(text: str, given: str) -> tuple[str, Any]:
+    """A setting of Pruning; all of them are numbers."""
+    name, _, value = (part.strip() for part in given.partition("="))
+    kind = type(getattr(Pruning, name))
+    try:
+        number = kind(value)
+        if not 0 <= number < math.inf:
+            raise ValueError
+    except ValueError:
+        raise BenchError(f"{name} is {value!r} in {text!r}: it is a number, 0 or more") from None
+    return name, number
 
 
 AFTERWARDS = frozenset({"scores", "key_norm", "keys"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +26,11 @@ class Difference:
 def difference(values: Sequence[float], clusters: Sequence[Hashable], *, n_resample: int = N_RESAMPLE) -> Difference:
     """Mean of the values with its interval by bootstrap: whole clusters are drawn with replacement, as many as there
     are; percentiles 2.5 and 97.5 of the means of all values that were drawn. The same values give the same interval.
+    A single cluster tells nothing about others: its interval has no bounds.
     """
     names = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
+    if len(names) == 1:
+        return Difference(float(np.mean(values)), -math.inf, math.inf)
     of = np.array([names[cluster] for cluster in clusters])
     sums = np.bincount(of, np.asarray(values, np.float64))
     counts = np.bincount(of).astype(np.float64)
