@@ -152,11 +152,11 @@ def _row_bytes(what: str, head_dim: int, type_name: str) -> int:
 def protected_cells(budget: int, *, n_recent: int, n_sink: int) -> tuple[int, int]:
     """Return the last and the first cells that stay in any case, (n_recent, n_sink), of `budget` cells.
 
-    As many as asked for, but at most half of the budget for the last and a quarter for the first ones, so that there
-    is something left to choose; the last cell always stays.
+    As many as asked for, but at most 1/4 of the budget for the last ones and 1/32 for the first ones, so that there
+    is much left to choose; the last cell always stays.
 
     Raises BudgetError if a number is negative.
     """
     if n_recent < 0 or n_sink < 0:
         raise BudgetError(f"n_recent is {n_recent} and n_sink {n_sink}; both must be 0 or more")
-    return max(1, min(n_recent, budget // 2)), min(n_sink, budget // 4)
+    return max(1, min(n_recent, budget // 4)), min(n_sink, budget // 32)

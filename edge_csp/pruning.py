@@ -13,7 +13,7 @@ import numpy as np
 from edge_csp.budget import Budget, protected_cells
 from edge_csp.context import Context
 from edge_csp.errors import BudgetError, PolicyError
-from edge_csp.policy import CspPolicy, Observation, Policy, Span
+from edge_csp.policy import Observation, Policy, QuotaPolicy, Span
 from edge_csp.policy.base import FloatArray, IntArray
 
 Positions = tuple[int, int]
@@ -22,10 +22,15 @@ Positions = tuple[int, int]
 
 @dataclass(frozen=True)
 class Layout:
-    """What is where in a conversation. spans: in order, all cells that were filled. pinned: what stays."""
+    """What is where in a conversation.
+
+    spans: in order, all cells that were filled. pinned: what stays. n_new: cells of text at the end that belong to the
+    present turn, the question and what there is of its answer; None if that is not known.
+    """
 
     spans: Sequence[Span] = ()
     pinned: Sequence[Positions] = ()
+    n_new: int | None = None
 
 
 MIN_GAIN = 16
@@ -40,14 +45,15 @@ class Pruning:
     and is enforced as soon as that frees at least 1/16 of the cells. None keeps everything that fits.
     cells: the cache never holds more than this; before it would, while reading or answering, cells are evicted. None:
     what does not fit into the context is refused.
-    n_obs: queries that vote. n_recent, n_sink: last and first cells that stay in any case; limited by the budget, see
-    budget.protected_cells(). softmax_n: n of the scoring softmax.
+    n_obs: queries that vote. n_recent: last cells that stay in any case, as far as they are text of the present turn.
+    n_sink: first cells that stay. Both are limited by the budget, see budget.protected_cells(). softmax_n: n of the
+    scoring softmax.
     cues: questions asked right after every picture, each answered in cue_predict tokens at most, and then taken back,
     for policies that want to know what they look at; {n} is the number of the picture.
     """
 
     budget: Budget | None = None
-    policy: Policy = field(default_factory=CspPolicy)
+    policy: Policy = field(default_factory=QuotaPolicy)
     cells: int | None = None
     n_obs: int = 32
     n_recent: int = 32
@@ -223,7 +229,8 @@ class Pruner:
                 f"pinned turns and pictures take {n_pinned - 1} cells, but only {target} may stay: "
                 "unpin some, or raise the budget or the size of the cache"
             )
-        n_recent, n_sink = protected_cells(target - n_pinned + 1, n_recent=pruning.n_recent, n_sink=pruning.n_sink)
+        n_recent = pruning.n_recent if layout.n_new is None else min(pruning.n_recent, layout.n_new)
+        n_recent, n_sink = protected_cells(target - n_pinned + 1, n_recent=n_recent, n_sink=pruning.n_sink)
         protected[..., :n_sink] = True
         protected[..., observation.n_cell - n_recent :] = True
         return pruning.policy.select(observation, target, protected)

@@ -148,6 +148,7 @@ class Session:
         self._text = ""  # the prompt text that became _items
         self._prompts: list[PromptEnd] = []  # where the prompts of the turns end in both
         self._ends: dict[int, int] = {}  # number of messages -> items that they take
+        self._turn_begin = 0  # items before the present turn
         self._pins = _Pins()
         self._cues = CueTokens(self.model, self.template)
 
@@ -223,6 +224,7 @@ class Session:
         prompts = [end for end in self._prompts if end.n_item <= n_same and end.n_char <= n_char]
         self._text, self._prompts = "", []  # until everything is evaluated
         self._ends = {n: end for n, end in self._ends.items() if end <= n_same} | {len(messages): len(items)}
+        self._turn_begin = min(self._ends.get(len(messages) - 1, 0), len(items) - 1)
         self._pins = self._find_pins(messages, items)
         n_eviction, n_evicted = self.counters.n_eviction, self.counters.n_evicted
         self._evaluate(items[n_same:])
@@ -439,7 +441,10 @@ class Session:
         return self._pruner.select(n_cell)
 
     def _layout(self) -> Layout:
-        return Layout(spans_of(self._items + self._reading, self._projector), self._pins.spans)
+        items, n_new = self._items + self._reading, 0
+        while n_new < len(items) - self._turn_begin and not items[-1 - n_new].is_picture:
+            n_new += 1
+        return Layout(spans_of(items, self._projector), self._pins.spans, n_new)
 
     def _count_eviction(self, evict: Callable[[int], int], n: int) -> int:
         started = time.perf_counter()
@@ -528,6 +533,7 @@ class Session:
     def _forget_cells(self) -> None:
         self.context.clear()
         self._items, self._text, self._prompts, self._ends, self._pins = [], "", [], {}, _Pins()
+        self._turn_begin = 0
         self._pruner.forget()
 
     @property
@@ -599,7 +605,7 @@ def open_session(
     mmproj: str | Path | None = None,
     *,
     budget: str | Budget | None = None,
-    policy: str | Policy = "csp",
+    policy: str | Policy = "quota",
     cells: str | Budget | None = None,
     cells_of: Sequence[Message] = (),
     pruning: Pruning | None = None,

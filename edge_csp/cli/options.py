@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from edge_csp.sampling import Sampling
     from edge_csp.session import Session
 
-DEFAULT_BUDGET = "50%"
+DEFAULT_BUDGET = "20%"
 UNSUPPORTED = -2
 """Status of the native library for a model or cache that cannot be pruned."""
 DEMO = Path(__file__).parents[1] / "demo"
@@ -172,7 +172,7 @@ class PruningOptions:
             "--budget",
             metavar="SIZE",
             help="What stays of the KV cache after every prompt: 20%, 512 (cells) or 64MiB; 100%: all "
-            "[default: 50%, with --cells all that fits].",
+            "[default: 20%, with --cells all that fits].",
         ),
     ] = None
     cells: Annotated[
@@ -192,7 +192,7 @@ class PruningOptions:
             help="What chooses the cells: quota, quota+ (with cues), csp, snapkv, h2o, lookm, streaming, keydiff, "
             "random, full (keeps all), or your own: module:Class, file.py:Class (docs/policies.md).",
         ),
-    ] = "csp"
+    ] = "quota"
     policy_set: Annotated[
         list[str],
         _pruning("--policy-set", metavar="NAME=VALUE", help="A setting of the policy; may be repeated."),

@@ -40,7 +40,7 @@ class ConversationOptions:
         _conversation(
             "--budget",
             metavar="SIZE",
-            help="What stays of the KV cache: 20%, 512 (cells) or 64MiB [default: 50%, with --cells all that fits].",
+            help="What stays of the KV cache: 20%, 512 (cells) or 64MiB [default: 20%, with --cells all that fits].",
         ),
     ] = None
 

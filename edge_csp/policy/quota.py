@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -13,62 +14,68 @@ from edge_csp.policy import kernels
 from edge_csp.policy.base import BoolArray, FloatArray, Observation, Policy, Span
 
 NEIGHBOURS, NEIGHBOUR_WEIGHT = 3, np.float32(0.9)
-"""Words are several tokens: a token of text is worth nearly as much as the best of its neighbours."""
 
 
 @dataclass(frozen=True)
 class QuotaPolicy(Policy):
     """Every picture and every run of text keeps cells in proportion to its size, a token of text as many as several
-    patches: what a conversation goes on with is not decided by one question.
+    patches: what is left of a conversation is not decided by one question.
 
-    Within its quota, text keeps by turns the longest keys (their norm tells what will be attended for before anybody
-    asks) and what the last queries look at; pictures keep by turns patches that are spread evenly, and what the last
-    queries look at. The places of the last queries are those of CSP: with a question in the window, those of text are
-    ranked by their own modality and those of pictures by the other one.
+    Text keeps its longest keys: their norm tells what will be attended for before anybody asks. Pictures keep patches
+    that are spread evenly. A share of the cells goes first to what the question looks at, by the rule of CSP; if the
+    conversation ends with a picture, there is no question.
 
     Own work, see docs/quality.md. Key norms: arXiv 2406.11430, where the short ones stay; `sign` turns that around.
     Places are shared out by the method of Sainte-Laguë.
 
-    text_weight: of a token of text, beside 1 of a patch
-    sign: 1 keeps long keys, -1 short ones
+    text_weight:    of a token of text, beside 1 of a patch
+    question_share: of the cells that are not protected, 0 .. 1
+    sign:           1 keeps long keys, -1 short ones
     """
 
     name: ClassVar[str] = "quota"
     needs: ClassVar[frozenset[str]] = frozenset({"key_norm", "scores"})
 
     text_weight: float = 4.0
+    question_share: float = 0.1
     sign: int = 1
 
     def __post_init__(self) -> None:
         if not self.text_weight > 0:
             raise PolicyError(f"text_weight is {self.text_weight}; it must be more than 0")
+        if not 0 <= self.question_share <= 1:
+            raise PolicyError(f"question_share is {self.question_share}; it must be between 0 and 1")
         if self.sign not in (1, -1):
             raise PolicyError(f"sign is {self.sign}; it must be 1 or -1")
 
     def pick(self, observation: Observation, n_keep: int, protected: BoolArray) -> BoolArray:
-        spans = observation.spans
-        is_picture = np.array([span.is_picture for span in spans])[observation.span]
-        rankings = [
-            np.where(is_picture, of_picture, of_text)
-            for of_text, of_picture in zip(
-                self.text_rankings(observation), self.picture_rankings(observation), strict=True
-            )
-        ]
-        rank = kernels.rank_in_spans(rankings, observation.span, protected)
-        weight = np.array([span.n_cell * (1 if span.is_picture else self.text_weight) for span in spans], np.float32)
-        return kernels.top_select(weight[observation.span] / (rank + np.float32(0.5)), protected, n_keep)
+        spans, span = observation.spans, observation.span
+        if self.question_share and not spans[-1].is_picture:
+            protected = self._of_question(observation, n_keep, protected)
+        is_picture = np.array([one.is_picture for one in spans])
+        rank = kernels.rank_in_spans(self.rankings(observation, is_picture[span]), span, protected)
+        weight = np.array([one.n_cell * (1 if one.is_picture else self.text_weight) for one in spans], np.float32)
+        return kernels.top_select(weight[span] / (rank + np.float32(0.5)), protected, n_keep)
 
-    def text_rankings(self, observation: Observation) -> list[FloatArray]:
-        """Rankings f32 [n_layer, n_head_kv, n_cell] that take turns in a run of text, the largest first; as many as
-        picture_rankings() gives.
+    def _of_question(self, observation: Observation, n_keep: int, protected: BoolArray) -> BoolArray:
+        """The protected cells, and those that the question looks at."""
+        own, cross = observation.score_self, observation.score_cross
+        kept = np.empty_like(protected)
+        for i, layer in enumerate(protected):
+            n_protected = int(layer.sum(axis=-1).max())
+            n = n_protected + math.floor(self.question_share * (n_keep - n_protected))
+            kept[i] = kernels.csp_select(own[i], cross[i], layer, 1, 1, n)
+        return kept
+
+    def rankings(self, observation: Observation, is_picture: BoolArray) -> list[FloatArray]:
+        """Rankings that take turns in every picture and run of text, f32 [n_layer, n_head_kv, n_cell], largest first.
+
+        is_picture: bool [n_layer, n_head_kv, n_cell]
         """
-        return [self._key_norm(observation), attention(observation)]
+        return [np.where(is_picture, spread(observation), self._worth(observation))]
 
-    def picture_rankings(self, observation: Observation) -> list[FloatArray]:
-        """Rankings that take turns in a picture."""
-        return [spread(observation), attention(observation)]
-
-    def _key_norm(self, observation: Observation) -> FloatArray:
+    def _worth(self, observation: Observation) -> FloatArray:
+        """Key norms; a token is worth nearly as much as the best of its neighbours, as words are several tokens."""
         norms = observation.key_norm
         if self.sign < 0:
             norms = np.float32(1) / (1 + norms)
@@ -78,7 +85,7 @@ class QuotaPolicy(Policy):
 
 @dataclass(frozen=True)
 class CuedQuotaPolicy(QuotaPolicy):
-    """Like quota, and text also keeps what the model looks at when it is asked about the pictures behind it.
+    """Like quota; text also keeps, by turns, what the model looks at when it is asked about the pictures behind it.
 
     Cues are run right after every picture and taken back, see Pruning.cues.
     """
@@ -86,18 +93,9 @@ class CuedQuotaPolicy(QuotaPolicy):
     name: ClassVar[str] = "quota+"
     needs: ClassVar[frozenset[str]] = frozenset({"key_norm", "scores", "cue"})
 
-    def text_rankings(self, observation: Observation) -> list[FloatArray]:
-        return [self._key_norm(observation), observation.cue, attention(observation)]
-
-    def picture_rankings(self, observation: Observation) -> list[FloatArray]:
-        evenly = spread(observation)
-        return [evenly, evenly, attention(observation)]
-
-
-def attention(observation: Observation) -> FloatArray:
-    """Attention mass from all queries of the window, f32 [n_layer, n_head_kv, n_cell]."""
-    total: FloatArray = observation.scores.sum(axis=2)
-    return total
+    def rankings(self, observation: Observation, is_picture: BoolArray) -> list[FloatArray]:
+        (first,) = super().rankings(observation, is_picture)
+        return [first, np.where(is_picture, first, observation.cue)]
 
 
 def spread(observation: Observation) -> FloatArray:
