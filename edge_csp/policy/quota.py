@@ -12,6 +12,7 @@ import numpy as np
 from edge_csp.errors import PolicyError
 from edge_csp.policy import kernels
 from edge_csp.policy.base import BoolArray, FloatArray, Observation, Policy, Span
+from edge_csp.policy.csp import CspPolicy
 
 NEIGHBOURS, NEIGHBOUR_WEIGHT = 3, np.float32(0.9)
 
@@ -30,6 +31,7 @@ class QuotaPolicy(Policy):
 
     text_weight:    of a token of text, beside 1 of a patch
     question_share: of the cells that are not protected, 0 .. 1
+    cross_ratio:    share of these cells that the ranking by other modalities gets, 0 .. 1, see CspPolicy
     sign:           1 keeps long keys, -1 short ones
     """
 
@@ -38,6 +40,7 @@ class QuotaPolicy(Policy):
 
     text_weight: float = 4.0
     question_share: float = 0.1
+    cross_ratio: float = 0.5
     sign: int = 1
 
     def __post_init__(self) -> None:
@@ -45,6 +48,7 @@ class QuotaPolicy(Policy):
             raise PolicyError(f"text_weight is {self.text_weight}; it must be more than 0")
         if not 0 <= self.question_share <= 1:
             raise PolicyError(f"question_share is {self.question_share}; it must be between 0 and 1")
+        CspPolicy(self.cross_ratio)
         if self.sign not in (1, -1):
             raise PolicyError(f"sign is {self.sign}; it must be 1 or -1")
 
@@ -63,8 +67,9 @@ class QuotaPolicy(Policy):
         kept = np.empty_like(protected)
         for i, layer in enumerate(protected):
             n_protected = int(layer.sum(axis=-1).max())
-            n = n_protected + math.floor(self.question_share * (n_keep - n_protected))
-            kept[i] = kernels.csp_select(own[i], cross[i], layer, 1, 1, n)
+            n = math.floor(self.question_share * (n_keep - n_protected))
+            k_self, k_cross = CspPolicy(self.cross_ratio).shares(n)
+            kept[i] = kernels.csp_select(own[i], cross[i], layer, k_self, k_cross, n_protected + n)
         return kept
 
     def rankings(self, observation: Observation, is_picture: BoolArray) -> list[FloatArray]:

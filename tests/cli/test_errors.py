@@ -125,7 +125,7 @@ def test_settings_out_of_range(refused: Refused, model: list[str]) -> None:
         refused(*ask(model, option, value), words=(word,))
     refused(*ask(model, "--policy", "random", "--cross-ratio", "0.5"), words=("cross_ratio",))
     refused(*ask(model, "--policy", "no.such.module:Policy"), words=("no.such.module:Policy", "cannot be loaded"))
-    refused(*ask(model, "--policy-set", "pool=two"), words=("pool", "'two'", "a whole number"))
+    refused(*ask(model, "--policy", "csp", "--policy-set", "pool=two"), words=("pool", "'two'", "a whole number"))
 
 
 def test_wrong_usage(refused: Refused, model: list[str]) -> None:
