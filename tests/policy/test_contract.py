@@ -280,7 +280,8 @@ def test_scores_by_modality() -> None:
 def test_make_policy() -> None:
     assert make_policy("csp", cross_ratio=0.25) == CspPolicy(cross_ratio=0.25)
     with pytest.raises(
-        PolicyError, match="no policy is named 'best'; there are csp, full, h2o, keydiff, lookm, quota, quota+, random"
+        PolicyError,
+        match=r"no policy is named 'best'; there are csp, full, h2o, keydiff, lookm, quota, quota\+, random",
     ):
         make_policy("best")
     with pytest.raises(PolicyError, match="csp does not know budget; its settings are cross_ratio, pool"):
