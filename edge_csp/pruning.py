@@ -177,12 +177,17 @@ class Pruner:
         if self.pruning.policy.n_keep(target, n_cell) >= n_cell:
             return 0
         cells = self.select(target)
+        self.evict(cells)
+        return n_cell - int(cells.shape[-1])
+
+    def evict(self, cells: IntArray) -> None:
+        """Keep the cells that select() has chosen, after what goes was merged into them if the policy does that."""
         if self.pruning.policy.merges:
             self._merge(cells)
+        n_cell = self.context.n_cell
         noted = {name: np.take_along_axis(self._note(name, n_cell), cells, axis=-1) for name in self._noted}
         self.context.keep(cells)
         self._noted = noted
-        return n_cell - int(cells.shape[-1])
 
     def _merge(self, cells: IntArray) -> None:
         """Let the policy merge what goes into what stays, layer by layer."""

@@ -180,9 +180,9 @@ class RemoteCache:
         """Milliseconds to evaluate one token, which is forgotten again."""
         return float(self._ask("step"))
 
-    def evict(self, n_keep: int) -> dict[str, float]:
+    def evict(self, n_keep: int, policy: str = "csp") -> dict[str, float]:
         """Milliseconds of scores, select and keep."""
-        return dict(self._ask("evict", n_keep=n_keep))
+        return dict(self._ask("evict", n_keep=n_keep, policy=policy))
 
     def make_room(self, n_token: int) -> float:
         """Milliseconds to evict so that n_token cells are free."""

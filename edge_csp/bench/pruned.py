@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+import time
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
 
+import numpy as np
+
+from edge_csp import native
+from edge_csp.bench.quality.specs import parse_spec
 from edge_csp.bench.runtime import N_UBATCH, Cache, Model, Setting
 from edge_csp.context import Context
 from edge_csp.model import VisionModel
-from edge_csp.pruning import Pruner, Pruning
+from edge_csp.policy import Observation, Span
+from edge_csp.pruning import Layout, Pruner, Pruning
 
-Result = TypeVar("Result")
+PICTURE = Span(576, is_picture=True, columns=24)
+TEXT = Span(32)
+
+
+def conversation(n_cell: int) -> list[Span]:
+    """Text, then pictures with text behind each, as many as fit; the first text has what is left over."""
+    n_picture = max(0, n_cell - TEXT.n_cell) // (PICTURE.n_cell + TEXT.n_cell)
+    first = Span(n_cell - n_picture * (PICTURE.n_cell + TEXT.n_cell))
+    return [first, *[PICTURE, TEXT] * n_picture]
+
+
+class _Observed(Context):
+    """Counts the time of observing."""
+
+    clock = staticmethod(time.perf_counter)
+    observe_s = 0.0
+
+    def observe(self, *args: Any, **settings: Any) -> Observation:
+        begin = self.clock()
+        observation = super().observe(*args, **settings)
+        self.observe_s += self.clock() - begin
+        return observation
 
 
 class PrunedCache(Cache):
-    """The context of a session, with the defaults of pruning: csp, a window of 32 queries."""
+    """The context of a session, with the defaults of pruning: csp, a window of 32 queries. What fill() fills is a
+    conversation with pictures, see conversation(); what is evaluated later is text.
+    """
 
     n_decode = Pruning().n_obs
 
@@ -30,12 +60,14 @@ class PrunedCache(Cache):
     ) -> None:
         """cells: bound of make_room(). Raises NativeError if the cache cannot be pruned."""
         self._vision = vision
+        self._spans = conversation(0)
         super().__init__(model, n_ctx, setting, n_ubatch=n_ubatch)
-        self._pruner = Pruner(self._context, Pruning(cells=cells))
+        self._context.clock = self._clock
+        self._pruner = Pruner(self._context, Pruning(cells=cells), self._layout)
         self.n_batch = self._pruner.n_batch
 
     def _open(self, model: Model, n_ctx: int, setting: Setting, n_ubatch: int) -> Any:
-        self._context = Context(
+        self._context = _Observed(
             self._vision,
             n_ctx=n_ctx,
             n_batch=n_ubatch,
@@ -46,33 +78,61 @@ class PrunedCache(Cache):
         )
         return self._context.handle
 
+    def _layout(self) -> Layout:
+        *spans, last = self._spans
+        return Layout(
+            [*spans, replace(last, n_cell=last.n_cell + self.n_past - sum(span.n_cell for span in self._spans))]
+        )
+
+    def clear(self) -> None:
+        """Forget everything."""
+        super().clear()
+        self._spans = conversation(0)
+        self._pruner.forget()
+
+    def _set_state(self, state: Any, n_cell: int) -> None:
+        super()._set_state(state, n_cell)
+        self._spans = conversation(n_cell)
+        tags = [native.IMAGE if span.is_picture else native.TEXT for span in self._spans]
+        csp = self._context.csp
+        assert csp
+        known = csp.state()  # of a cache that was never pruned: it ends with the tags of the cells
+        csp.set_state(
+            known[:-n_cell] + np.repeat(tags, [span.n_cell for span in self._spans]).astype(np.uint8).tobytes()
+        )
+
     def make_room(self, n_token: int) -> float:
         """Evict so that n_token cells can be filled within the bound; milliseconds."""
         begin = self._clock()
         self._pruner.make_room(n_token)
         return 1000 * (self._clock() - begin)
 
-    def evict(self, n_keep: int) -> dict[str, float]:
-        """Keep n_keep cells, as Pruner does; milliseconds of scores, select and keep."""
-        pruning, context, ms = self._pruner.pruning, self._context, {}
-
-        def timed(name: str, function: Callable[[], Result]) -> Result:
-            begin = self._clock()
-            result = function()
-            ms[name] = 1000 * (self._clock() - begin)
-            return result
-
-        def observe() -> None:
-            for layers in context.layer_groups():
-                context.observe(layers, needs=pruning.policy.needs, n_obs=pruning.n_obs, softmax_n=pruning.softmax_n)
-
-        timed("scores", observe)
-        cells = timed("select", lambda: self._pruner.select(n_keep))
-        ms["select"] -= ms["scores"]  # it observes too
-        timed("keep", lambda: context.keep(cells))
-        return ms
+    def evict(self, n_keep: int, policy: str) -> dict[str, float]:
+        """Keep n_keep cells, as Pruner does with a policy, see parse_spec(); milliseconds of scores, select and keep.
+        What policies want to be noted while a conversation is read is what the window tells.
+        """
+        pruner = self._pruner.replaced(_pruning(policy))
+        pruner.note_mass()
+        if "cue" in pruner.pruning.policy.needs:
+            pruner.note_cue(self._context.n_cell, self.n_decode)
+        self._context.observe_s = 0.0
+        begin = self._clock()
+        cells = pruner.select(n_keep)
+        middle, scores_s = self._clock(), self._context.observe_s
+        pruner.evict(cells)
+        end = self._clock()
+        return {
+            "scores": 1000 * scores_s,
+            "select": 1000 * (middle - begin - scores_s),
+            "keep": 1000 * (end - middle),
+        }
 
     def close(self) -> None:
         """Free the context. A second call does nothing."""
         self._context.close()
         self.ctx = None
+
+
+@lru_cache
+def _pruning(policy: str) -> Pruning:
+    return parse_spec(policy).pruning()

@@ -16,7 +16,7 @@ from rich.table import Table
 from edge_csp import __version__
 from edge_csp.bench.alternate import Ratio, Times, free_memory
 from edge_csp.bench.decode import DecodePoint
-from edge_csp.bench.eviction import Eviction
+from edge_csp.bench.eviction import STEPS, Eviction, Steps
 from edge_csp.bench.memory import Memory
 from edge_csp.bench.overhead import Overhead
 from edge_csp.bench.prefill import Prefill
@@ -25,7 +25,7 @@ from edge_csp.bench.speed import ModelReport, Result, Settings
 from edge_csp.bench.turns import N_NEW, Turns
 from edge_csp.errors import BenchError
 
-SCHEMA = 1
+SCHEMA = 2
 """Changes when a name of the JSON object changes its meaning or goes away."""
 
 
@@ -75,6 +75,7 @@ _DERIVED = {
     Prefill: ("gain",),
     Memory: ("per_cells",),
     Eviction: ("decode_steps",),
+    Steps: ("total",),
     Turns: ("share",),
 }
 
@@ -86,7 +87,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Ratio):
         return asdict(value)
     if is_dataclass(value):
-        derived = {name: getattr(value, name) for name in _DERIVED.get(type(value), ())}
+        derived = {name: _plain(getattr(value, name)) for name in _DERIVED.get(type(value), ())}
         return {name: _plain(field) for name, field in vars(value).items()} | derived
     if isinstance(value, dict):
         return {name: _plain(one) for name, one in value.items()}
@@ -183,9 +184,13 @@ def _rows(result: Result) -> list[Row]:
             _figure("unbounded", whole, f"{_size(result.n_token * result.cell_bytes)} of cells"),
         ]
     if isinstance(result, Eviction):
-        names = ("decode", "scores", "select", "keep")
-        rows = [_times(name, getattr(result, name)) for name in names]
-        return [*rows, _figure("an eviction takes", f"{result.decode_steps:.2f} decode steps")]
+        rows = [_times("decode", result.decode)]
+        for policy, steps in result.policies.items():
+            rows += [_times(f"{policy}: {name}", getattr(steps, name)) for name in (*STEPS, "total")]
+            rows.append(_figure(f"{policy} takes", f"{result.decode_steps[policy]:.2f} decode steps"))
+            if ratio := steps.to_csp:
+                rows.append(_ratio(f"{policy}, times csp", ratio, "rounds"))
+        return rows
     if isinstance(result, Turns):
         rows = [_times("going on", result.going_on), _times("evaluating all again", result.again)]
         return [*rows, _figure("going on takes", _percent(result.share))]
@@ -204,16 +209,17 @@ def _overhead_rows(result: Overhead) -> list[Row]:
         f"decode, {result.n_cell} cells, ours without csp": result.decode_detached,
         f"prefill, {result.n_batch} tokens, ours without csp": result.prefill_detached,
     }
-    return [
-        (name, f"{ratio.median:.4f}", f"{ratio.low:.4f}", f"{ratio.high:.4f}", f"95 % interval, {ratio.n_pair} pairs")
-        for name, ratio in found.items()
-        if ratio is not None
-    ]
+    return [_ratio(name, ratio, "pairs") for name, ratio in found.items() if ratio is not None]
 
 
 def _times(name: str, times: Times, note: str = "") -> Row:
     low, high = times.spread
     return name, f"{times.median:.2f}", f"{low:.2f}", f"{high:.2f}", note
+
+
+def _ratio(name: str, ratio: Ratio, pairs: str) -> Row:
+    median, low, high = (f"{figure:.4f}" for figure in (ratio.median, ratio.low, ratio.high))
+    return name, median, low, high, f"95 % interval, {ratio.n_pair} {pairs}"
 
 
 def _figure(name: str, value: str, note: str = "") -> Row:

@@ -147,10 +147,16 @@ class Cache:
                 state = random_state(one_cell, n_cell - n_decode)
             except ValueError as error:
                 raise BenchError(f"the cache cannot be filled: {error}") from error
-            if llama_cpp.llama_state_seq_set_data(self.ctx, _u8_pointer(state), state.size, 0) != state.size:
-                raise BenchError(f"{n_cell} cells cannot be filled: {native.last_log_error()}")
-            self.n_past = n_cell - n_decode
+            self._set_state(state, n_cell - n_decode)
         self.decode(n_decode)
+
+    def _set_state(self, state: NDArray[np.uint8], n_cell: int) -> None:
+        """Restore the state of n_cell cells."""
+        import llama_cpp
+
+        if llama_cpp.llama_state_seq_set_data(self.ctx, _u8_pointer(state), state.size, 0) != state.size:
+            raise BenchError(f"{n_cell} cells cannot be filled: {native.last_log_error()}")
+        self.n_past = n_cell
 
     def decode(self, n_token: int) -> float:
         """Evaluate random tokens, with the logits of the last one; milliseconds.

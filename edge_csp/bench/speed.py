@@ -9,7 +9,7 @@ from pathlib import Path
 from edge_csp.bench import models
 from edge_csp.bench.alternate import does_not_fit
 from edge_csp.bench.decode import DecodePoint, bytes_per_cell, measure_decode
-from edge_csp.bench.eviction import Eviction, measure_eviction
+from edge_csp.bench.eviction import POLICIES, Eviction, measure_eviction
 from edge_csp.bench.memory import Memory, measure_memory
 from edge_csp.bench.overhead import Overhead, measure_overhead
 from edge_csp.bench.prefill import Prefill, measure_prefill
@@ -27,6 +27,7 @@ class Settings:
     """What to measure. Numbers of cells and tokens: see docs/bench.md."""
 
     budget: Budget
+    policies: tuple[str, ...] = POLICIES
     models: tuple[str, ...] = ("135m",)
     sections: tuple[str, ...] = SECTIONS
     n_layer: int | None = None
@@ -156,6 +157,13 @@ def _decode(
             if reason := does_not_fit(n_cell, report.cell_bytes):
                 listener.say(f"{model.name}, eviction left out: {reason}")
                 continue
-            eviction = measure_eviction(pair, n_cell, budget, cell_bytes=report.cell_bytes, n_repeat=n_repeat)
+            eviction = measure_eviction(
+                pair,
+                n_cell,
+                budget,
+                cell_bytes=report.cell_bytes,
+                n_repeat=n_repeat,
+                policies=settings.policies,
+            )
             report.eviction.append(eviction)
             listener.on_result(report, eviction)

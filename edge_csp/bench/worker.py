@@ -77,9 +77,9 @@ class Commands:
     def step(self, name: str) -> float:
         return self._caches[name].step()
 
-    def evict(self, name: str, n_keep: int) -> dict[str, float]:
+    def evict(self, name: str, n_keep: int, policy: str) -> dict[str, float]:
         """Milliseconds of scores, select and keep."""
-        times: dict[str, float] = self._pruned(name).evict(n_keep)
+        times: dict[str, float] = self._pruned(name).evict(n_keep, policy)
         return times
 
     def make_room(self, name: str, n_token: int) -> float:

@@ -63,6 +63,14 @@ def speed(
     budget: Annotated[
         str, typer.Option("--budget", metavar="SIZE", help="What stays of them: 20%, 512 (cells) or 64MiB.")
     ] = "20%",
+    policy: Annotated[
+        list[str],
+        typer.Option(
+            "--policy",
+            metavar="SPEC",
+            help="eviction: NAME or NAME:SETTING=VALUE,…; may be repeated [default: quota, csp].",
+        ),
+    ] = [],  # noqa: B006
     prefill_tokens: Annotated[
         int, typer.Option("--prefill-tokens", metavar="N", min=2, help="prefill, memory: tokens of the prompt.")
     ] = 16384,
@@ -98,6 +106,7 @@ def speed(
 
     settings = Settings(
         budget=parse_budget(budget),
+        policies=_policies(policy),
         models=tuple(str(demo_files()[0]) if name == "demo" else name for name in model or ["135m"]),
         sections=_sections(only),
         n_layer=layers,
@@ -148,6 +157,18 @@ def _run(settings: Settings, json_file: Path | None, plot: Path | None) -> None:
             _write(json_file, json.dumps(report.to_dict(settings, reports), indent=1) + "\n")
     if plot:
         report.write_plot(plot, reports)
+
+
+def _policies(specs: list[str]) -> tuple[str, ...]:
+    from edge_csp.bench.eviction import POLICIES
+    from edge_csp.bench.quality.specs import parse_spec
+
+    for number, spec in enumerate(specs):
+        if parse_spec(spec).policy is None or parse_spec(spec).keeps_all:
+            raise BenchError(f"{spec} evicts nothing: there is nothing to measure")
+        if spec in specs[:number]:
+            raise BenchError(f"policy {spec} is there twice")
+    return tuple(specs) or POLICIES
 
 
 def _clock(name: str, n_thread: int) -> str:

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edge_csp import VisionModel, native
 from edge_csp.bench import alternate, models, overhead, report
 from edge_csp.bench.process import RemoteCache, Worker
-from edge_csp.bench.runtime import SETTINGS, Setting
+from edge_csp.bench.pruned import PrunedCache
+from edge_csp.bench.runtime import SETTINGS, Model, Setting
 from edge_csp.cli import main
 from edge_csp.errors import BenchError
 
@@ -61,7 +63,7 @@ def keys(value: Any) -> Any:
 
 def test_every_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = speed("-m", "tiny", folder=tmp_path)
-    assert found["schema"] == report.SCHEMA == 1
+    assert found["schema"] == report.SCHEMA == 2
     (model,) = found["models"]
     names = [str(setting) for setting in SETTINGS]
     point, point_512 = model["decode"]
@@ -72,6 +74,7 @@ def test_every_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     shown = keys(
         {**model, "decode": [{**point, "looked_at": {}, "unpruned": {}, "pruned": {}, "bounded": {}, "small": {}}]}
     )
+    steps = dict.fromkeys(("scores", "select", "keep", "total"), "times")
     assert shown == {
         "name": "str",
         "deviations": ["str"],
@@ -132,10 +135,8 @@ def test_every_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
                 "n_cell": "int",
                 "n_keep": "int",
                 "decode": "times",
-                "scores": "times",
-                "select": "times",
-                "keep": "times",
-                "decode_steps": "float",
+                "policies": {"quota": steps | {"to_csp": "ratio"}, "csp": steps | {"to_csp": "NoneType"}},
+                "decode_steps": {"quota": "float", "csp": "float"},
             }
         ],
         "turns": {"n_cell": "int", "n_keep": "int", "going_on": "times", "again": "times", "share": "float"},
@@ -143,7 +144,8 @@ def test_every_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     }
     out = capsys.readouterr().out
     assert all(
-        word in out for word in ("unpruned f16, FA off", "never more cells", "bounded is faster", "decode steps")
+        word in out
+        for word in ("unpruned f16, FA off", "never more cells", "bounded is faster", "csp takes", "quota, times csp")
     )
     assert f"{point_512['gain']:.2f} x" in out
 
@@ -164,7 +166,7 @@ def test_pruned_contexts_are_pruned() -> None:
         cache.fill(512)
         with pytest.raises(BenchError, match="full"):
             cache.step()
-        assert set(cache.evict(100)) == {"scores", "select", "keep"}
+        assert set(cache.evict(100, "quota")) == {"scores", "select", "keep"}
         assert cache.step() > 0
         bounded = RemoteCache(worker, 512, Setting(), records=True, cells=512)
         for _ in range(10):
@@ -173,6 +175,43 @@ def test_pruned_contexts_are_pruned() -> None:
         plain = RemoteCache(worker, 512, Setting())
         with pytest.raises(BenchError, match="records no window"):
             plain.evict(10)
+
+
+def test_evictions_are_of_a_conversation_with_pictures() -> None:
+    """Spans and tags are those of text and pictures in turns, and policies choose from them what they should."""
+    with models.opened("tiny") as model, VisionModel(model.path, n_threads=1) as vision:
+        cache = PrunedCache(vision, Model(model.path, handle=vision.handle), 2048, Setting())
+        cache.fill(1500)
+        cache.decode(5)
+        spans = cache._layout().spans
+        assert [span.n_cell for span in spans] == [252, 576, 32, 576, 32 + 32 + 5]
+        assert [span.is_picture for span in spans] == [False, True, False, True, False]
+        _, tags = cache._context.cells()
+        is_picture = np.repeat([span.is_picture for span in spans], [span.n_cell for span in spans])
+        assert (tags == np.where(is_picture, native.IMAGE, native.TEXT)).all()
+        for policy in ("quota", "lookm", "quota+:n_obs=16"):
+            cache.fill(1500)
+            before = cache._context.rows(0, "k")
+            times = cache.evict(300, policy)
+            assert min(times.values()) > 0
+            assert cache._context.n_cell == 300
+            _, tags = cache._context.cells()
+            n_text = int((tags[0, 0] == native.TEXT).sum())
+            assert n_text == 300 if policy.startswith("lookm") else 32 < n_text < 250
+            rows = before[0, cache._context.cell_numbers()[0, 0]]
+            assert np.array_equal(rows, cache._context.rows(0, "k")[0])
+        cache.close()
+
+
+def test_policies_take_turns(tmp_path: Path) -> None:
+    more = "--policy", "h2o", "--policy", "csp:pool=1"
+    found = speed("-m", "tiny", "--only", "eviction", *more, folder=tmp_path)
+    assert found["settings"]["policies"] == ["h2o", "csp:pool=1"]
+    (model,) = found["models"]
+    for point in model["eviction"]:
+        assert list(point["policies"]) == ["h2o", "csp:pool=1"]
+        assert all(len(steps["total"]["ms"]) == 2 for steps in point["policies"].values())
+        assert all(steps["to_csp"] is None for steps in point["policies"].values())
 
 
 def test_a_dead_worker_is_named() -> None:
@@ -207,6 +246,10 @@ def test_patched_python_is_not_unpatched() -> None:
         (["--clock", "sun"], "clock 'sun' is unknown: use wall or cpu"),
         (["--clock", "cpu", "-t", "2"], "it needs one thread, not 2"),
         (["--budget", "0"], "keeps nothing"),
+        (["--policy", "nonsense"], "nonsense"),
+        (["--policy", "csp", "--policy", "csp"], "policy csp is there twice"),
+        (["--policy", "downsample"], "downsample evicts nothing"),
+        (["--policy", "full"], "full evicts nothing"),
         (["-m", "tiny", "--upstream-python", "/nowhere/python"], "/nowhere/python cannot be run"),
     ],
 )
