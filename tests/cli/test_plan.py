@@ -43,7 +43,7 @@ def test_notes(cli: Cli) -> None:
     assert result.returncode == 0
     assert result.stderr.splitlines() == [
         "the conversation takes 8512 positions, but the model was trained on 4096",
-        "the conversation needs 8512 cells, but the context has 2048: raise -c, or give --cells 5675",
+        "the conversation needs 8512 cells, but the context has 2048: raise -c, or give --cells 2270",
     ]
 
 

@@ -22,7 +22,8 @@ from edge_csp.images import load_picture
 from edge_csp.metadata import read_info
 from edge_csp.model import PicturePart, VisionModel
 from edge_csp.plan import Plan, make_plan
-from edge_csp.policy import Observation, make_policy
+from edge_csp.policy import Observation, Span
+from edge_csp.pruning import Pruning
 from tests.frontend.conftest import Refuses
 from tests.oracle.random_mmproj import make_mmproj
 from tests.oracle.random_models import make_model
@@ -240,17 +241,20 @@ def test_scores_of_an_eviction() -> None:
     shape = 4, 8, 4096
     random = np.random.default_rng(0)
     scores = random.random((*shape[:2], 3, shape[2]), np.float32)
+    norms = random.random(shape, np.float32)
     tag = random.integers(0, 2, shape, np.uint8)
     pos = np.zeros(shape, np.int32) + np.arange(shape[2], dtype=np.int32)
+    spans = [Span(64, is_picture=True, columns=8)] * 64
     protected = np.zeros(shape, np.bool_)
     protected[..., -1] = True
     tracemalloc.start()
     try:
-        make_policy("csp").select(Observation(tag, pos, span=pos, scores=scores), 800, protected)
+        observation = Observation(tag, pos, span=pos // 64, offset=pos % 64, spans=spans, scores=scores, key_norm=norms)
+        Pruning().policy.select(observation, 800, protected)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    taken = peak + scores.nbytes + tag.nbytes + 2 * pos.nbytes
+    taken = peak + scores.nbytes + norms.nbytes + tag.nbytes + pos.nbytes
     assert close(plan._score_bytes(3) * np.prod(shape), taken)
 
 
