@@ -176,15 +176,16 @@ class Pruner:
 
     def evict(self, cells: IntArray) -> None:
         """Keep the cells that select() has chosen, after what goes was merged into them if the policy does that."""
-        if self.pruning.policy.merges:
-            self._merge(cells)
+        self.merge(cells)
         n_cell = self.context.n_cell
         noted = {name: np.take_along_axis(self._note(name, n_cell), cells, axis=-1) for name in self._noted}
         self.context.keep(cells)
         self._noted = noted
 
-    def _merge(self, cells: IntArray) -> None:
-        """Let the policy merge what goes into what stays, layer by layer."""
+    def merge(self, cells: IntArray) -> None:
+        """Let the policy merge what goes into what stays, layer by layer; nothing happens if it does not do that."""
+        if not self.pruning.policy.merges:
+            return
         for layer, kept in enumerate(cells):
             observation = self._observe(range(layer, layer + 1), self._layout())
             rows = self.context.rows(layer, "k"), self.context.rows(layer, "v")

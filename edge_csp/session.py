@@ -438,6 +438,10 @@ class Session:
         """
         return self._pruner.select(n_cell)
 
+    def merge(self, cells: IntArray) -> None:
+        """What happens to the cells that select() has chosen before all others go, if the policy merges."""
+        self._pruner.merge(cells)
+
     def _layout(self) -> Layout:
         return Layout(spans_of(self._items + self._reading, self._projector), self._pins.spans)
 
