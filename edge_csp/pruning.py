@@ -43,7 +43,8 @@ class Pruning:
     n_obs: queries that vote. n_recent, n_sink: last and first cells that stay in any case; limited by the budget, see
     budget.protected_cells(). softmax_n: n of the scoring softmax.
     cues: questions asked right after every picture, each answered in cue_predict tokens at most, and then taken back,
-    for policies that want to know what they look at; {n} is the number of the picture.
+    for policies that want to know what they look at; {n} is the number of the picture. A bounded cache that is too
+    small for a cue and its answer goes without it.
     """
 
     budget: Budget | None = None

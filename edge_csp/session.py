@@ -408,6 +408,8 @@ class Session:
         started = time.perf_counter()
         for cue in pruning.cues:
             tokens = self._cues.of(cue, number)
+            if len(tokens) + pruning.cue_predict >= self.n_cell_max:
+                continue  # a very small bounded cache has no room for questions beside the picture
             self._make_room(len(tokens) + pruning.cue_predict)
             n_cell, n_past = self.context.n_cell, self.context.n_past
             n_token = ask_cue(self.context, tokens, self._pruner.n_batch, pruning.cue_predict)

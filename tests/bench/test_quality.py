@@ -296,6 +296,14 @@ def test_cues_are_counted(model: VisionModel, album: Album) -> None:
     assert costs["before", "quota"].extra_token == costs["before", "quota"].extra_s == 0
 
 
+def test_cues_that_do_not_fit_are_not_asked(model: VisionModel) -> None:
+    session = live(model, 256, Pruning(policy=CuedQuotaPolicy(), cells=16))
+    with session.context:
+        session.prefill(draw_album(0, 2, 2, seed=1).messages, add_generation_prompt=False)
+        assert session.counters.n_cue_token == 0
+        assert session.counters.n_eviction > 0
+
+
 def test_window_reads_the_last_token_from_what_is_left(model: VisionModel, album: Album) -> None:
     found = measured(model, album, "csp", budgets=["10%"], protocols=["window"])
     session = live(model, 1024, Pruning(policy=CspPolicy()))
@@ -661,7 +669,7 @@ def test_report_and_marks(settings: run.Settings, whole: list[dict[str, Any]]) -
     text = report.markdown(found)
     assert "edge-csp bench quality -m demo --policy full --policy csp --policy downsample" in text
     for protocol in report.REPORTED:
-        assert f"(`{protocol}`)" in text
+        assert f"\n`{protocol}`: " in text
     assert text.splitlines()[2] == "<!-- Written by `edge-csp bench quality`; do not edit. -->"
     assert "## Where `csp` is behind" in text
     assert "llama-cpp-python 0.3.36" in text

@@ -212,7 +212,7 @@ def ask_bounded(context: Context, album: Album, plan: Plan) -> Iterator[Record]:
                 cache.kept(tags),
                 seconds=session.counters.evict_s - before.evict_s,
                 extra_token=(n_extra := session.counters.n_cue_token - before.n_cue_token),
-                extra_s=session.counters.cue_s - before.cue_s,
+                extra_s=session.counters.cue_s - before.cue_s if n_extra else 0.0,
                 extra_picture=sum(part["type"] == "image" for part in album.turns[asked.number].parts)
                 if n_extra
                 else 0,
