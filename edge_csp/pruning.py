@@ -49,7 +49,8 @@ class Pruning:
     n_sink: first cells that stay. Both are limited by the budget, see budget.protected_cells(). softmax_n: n of the
     scoring softmax.
     cues: questions asked right after every picture, each answered in cue_predict tokens at most, and then taken back,
-    for policies that want to know what they look at; {n} is the number of the picture.
+    for policies that want to know what they look at; {n} is the number of the picture. A bounded cache that is too
+    small for a cue and its answer goes without it.
     """
 
     budget: Budget | None = None
@@ -182,15 +183,16 @@ class Pruner:
 
     def evict(self, cells: IntArray) -> None:
         """Keep the cells that select() has chosen, after what goes was merged into them if the policy does that."""
-        if self.pruning.policy.merges:
-            self._merge(cells)
+        self.merge(cells)
         n_cell = self.context.n_cell
         noted = {name: np.take_along_axis(self._note(name, n_cell), cells, axis=-1) for name in self._noted}
         self.context.keep(cells)
         self._noted = noted
 
-    def _merge(self, cells: IntArray) -> None:
-        """Let the policy merge what goes into what stays, layer by layer."""
+    def merge(self, cells: IntArray) -> None:
+        """Let the policy merge what goes into what stays, layer by layer; nothing happens if it does not do that."""
+        if not self.pruning.policy.merges:
+            return
         for layer, kept in enumerate(cells):
             observation = self._observe(range(layer, layer + 1), self._layout())
             rows = self.context.rows(layer, "k"), self.context.rows(layer, "v")

@@ -410,6 +410,8 @@ class Session:
         started = time.perf_counter()
         for cue in pruning.cues:
             tokens = self._cues.of(cue, number)
+            if len(tokens) + pruning.cue_predict >= self.n_cell_max:
+                continue  # a very small bounded cache has no room for questions beside the picture
             self._make_room(len(tokens) + pruning.cue_predict)
             n_cell, n_past = self.context.n_cell, self.context.n_past
             n_token = ask_cue(self.context, tokens, self._pruner.n_batch, pruning.cue_predict)
@@ -439,6 +441,10 @@ class Session:
         Raises BudgetError if the pinned cells are more.
         """
         return self._pruner.select(n_cell)
+
+    def merge(self, cells: IntArray) -> None:
+        """What happens to the cells that select() has chosen before all others go, if the policy merges."""
+        self._pruner.merge(cells)
 
     def _layout(self) -> Layout:
         items, n_new = self._items + self._reading, 0

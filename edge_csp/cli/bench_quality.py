@@ -42,11 +42,12 @@ def quality(
         typer.Option(
             "--policy",
             metavar="SPEC",
-            help="NAME or NAME:SETTING=VALUE,…; may be repeated [default: full, csp, random, downsample].",
+            help="NAME or NAME:SETTING=VALUE,…; may be repeated [default: all, see docs/bench.md].",
         ),
     ] = [],  # noqa: B006
     against: Annotated[
-        str | None, typer.Option("--against", metavar="SPEC", help="Policy that all others are compared with.")
+        str | None,
+        typer.Option("--against", metavar="SPEC", help="Policy that all others are compared with [default: quota]."),
     ] = None,
     pictures: Annotated[str, typer.Option("--pictures", metavar="N,N…", help="Pictures of the drawn albums.")] = "8,12",
     albums: Annotated[
@@ -80,11 +81,12 @@ def quality(
     """Answers from pruned caches beside those of the full cache, on the same questions: accuracy, agreement, KL."""
     from edge_csp.bench.quality.albums import Source
     from edge_csp.bench.quality.run import Settings
+    from edge_csp.bench.quality.specs import DEFAULTS, REFERENCE
 
     settings = Settings(
         models=_models(model or ["demo"], mmproj),
         source=Source(albums, questions, seed, () if folder else _numbers(pictures), folder),
-        policies=tuple(policy or ["full", "csp", "random", "downsample"]),
+        policies=tuple(policy) or DEFAULTS,
         budgets=_names(budget),
         protocols=_names(protocol),
         n_predict=predict,
@@ -92,6 +94,8 @@ def quality(
         n_thread=threads,
         n_gpu_layers=gpu_layers,
     )
+    if against is None and REFERENCE in settings.policies:
+        against = REFERENCE
     if against is not None and against not in settings.policies:
         raise BenchError(f"--against {against!r} is none of the policies {', '.join(settings.policies)}")
     _run(settings, out, limit, against, report, plot)

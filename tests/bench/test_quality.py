@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from edge_csp import Context, Pruning, Sampling, Session, VisionModel
-from edge_csp.bench.quality import cache, downsample, records, report, run, stats
+from edge_csp.bench.quality import cache, downsample, records, report, run, specs, stats
 from edge_csp.bench.quality.albums import (
     Album,
     Question,
@@ -32,7 +32,7 @@ from edge_csp.budget import parse_budget
 from edge_csp.cli import main
 from edge_csp.errors import BenchError, EdgeCspError, ImageError, PolicyError
 from edge_csp.metadata import read_info
-from edge_csp.policy import CspPolicy
+from edge_csp.policy import POLICIES, CspPolicy, CuedQuotaPolicy, LookMPolicy
 from tests.oracle.random_mmproj import make_mmproj
 from tests.oracle.random_models import make_model
 from tools.train_demo.chat import byte_alphabet
@@ -54,10 +54,10 @@ def album() -> Album:
 
 
 def measured(model: VisionModel, album: Album, *policies: str, **what: Any) -> list[Record]:
-    specs = [parse_spec(text) for text in policies]
+    chosen = [parse_spec(text) for text in policies]
     budgets = [parse_budget(text) for text in what.get("budgets", ["20%"])]
-    plan = Plan(specs, budgets, what.get("protocols", PROTOCOLS), N_PREDICT, lambda *_key: True)
-    with open_context(model, album, specs, N_PREDICT) as context:
+    plan = Plan(chosen, budgets, what.get("protocols", PROTOCOLS), N_PREDICT, lambda *_key: True)
+    with open_context(model, album, chosen, N_PREDICT) as context:
         return list(measure(context, album, plan))
 
 
@@ -229,6 +229,81 @@ def test_first_before_and_later_are_what_sessions_answer(model: VisionModel, alb
     assert any(record.answer != record.full for record in found if record.protocol == "later")
 
 
+def test_merged_rows_are_those_of_sessions(model: VisionModel, album: Album) -> None:
+    """Merging policies are measured beside others that look at the same cache, and leave it to them as it was."""
+    both = measured(model, album, "lookm", "lookm:merge=pivotal", "h2o", budgets=["10%"])
+    found = [record for record in both if record.policy == "lookm:merge=pivotal"]
+    for other in ("lookm", "h2o"):
+        alone = measured(model, album, other, budgets=["10%"])
+        assert [replace(one, evict_s=0) for one in both if one.policy == other] == [
+            replace(one, evict_s=0) for one in alone
+        ]
+    pruning = Pruning(parse_budget("10%"), LookMPolicy(merge="pivotal"))
+    session = live(model, 1024, pruning)
+    with session.context as context:
+        first, before, window = [], [], []
+        for question in album.questions:
+            messages = [*album.messages, *chat_messages([question])]
+            session.clear()
+            session.pruning = pruning
+            session.prefill(album.messages, add_generation_prompt=False)
+            session.prefill(messages)
+            session.prune()
+            first.append(said(session))
+            session.clear()
+            session.prefill(album.messages, add_generation_prompt=False)
+            session.prune()
+            session.pruning = Pruning()
+            session.prefill(messages)
+            before.append(said(session))
+            session.clear()
+            session.pruning = pruning
+            session.prefill(album.messages, add_generation_prompt=False)
+            session.prefill(messages)
+            last = session._items[-1].key
+            cells = session.select(int(session.n_token * 0.1))
+            session.merge(cells)
+            assert context.truncate(context.n_past - 1)
+            context.keep(cells[..., :-1])
+            now = cache.decode(context, (last,))
+            window.append(cache.reference(context, now, N_PREDICT).text)
+    assert answers(found, "first") == first
+    assert answers(found, "before") == before
+    assert answers(found, "window") == window
+    plain = [record for record in both if record.policy == "lookm"]
+    assert [one.kl for one in plain] != [one.kl for one in found]
+
+
+def test_cues_are_counted(model: VisionModel, album: Album) -> None:
+    found = measured(model, album, "quota", "quota+", budgets=["20%"])
+    session = live(model, 1024, Pruning(policy=CuedQuotaPolicy()))
+    with session.context:
+        session.prefill(album.messages, add_generation_prompt=False)
+        n_token = session.counters.n_cue_token
+    for one in found:
+        if one.policy == "quota":
+            assert (one.extra_token, one.extra_s, one.extra_picture) == (0, 0, 0)
+        elif one.protocol != "bounded":
+            assert (one.extra_token, one.extra_picture) == (n_token, 4)
+            assert one.extra_s > 0
+    turns = [one for one in found if one.protocol == "bounded" and one.policy == "quota+"]
+    assert [one.extra_picture for one in turns] == [1, *[1, 0] * 3]
+    assert [one.extra_token > 0 for one in turns] == [one.extra_s > 0 for one in turns] == [True, *[True, False] * 3]
+    rows = [{"model": "demo", "n_picture": 4, "album": 0} | one.to_dict() for one in found]
+    costs = {(one.protocol, one.policy): one for one in stats.summarise(rows)}
+    assert costs["before", "quota+"].extra_token == n_token / 4
+    assert costs["bounded", "quota+"].extra_token == sum(one.extra_token for one in turns) / 4
+    assert costs["before", "quota"].extra_token == costs["before", "quota"].extra_s == 0
+
+
+def test_cues_that_do_not_fit_are_not_asked(model: VisionModel) -> None:
+    session = live(model, 256, Pruning(policy=CuedQuotaPolicy(), cells=16))
+    with session.context:
+        session.prefill(draw_album(0, 2, 2, seed=1).messages, add_generation_prompt=False)
+        assert session.counters.n_cue_token == 0
+        assert session.counters.n_eviction > 0
+
+
 def test_window_reads_the_last_token_from_what_is_left(model: VisionModel, album: Album) -> None:
     found = measured(model, album, "csp", budgets=["10%"], protocols=["window"])
     session = live(model, 1024, Pruning(policy=CspPolicy()))
@@ -355,14 +430,20 @@ def test_templates(demo_files: tuple[Path, Path], album: Album) -> None:
 # --- policies and their settings ---
 
 
+def test_defaults_are_policies() -> None:
+    assert [parse_spec(text).text for text in specs.DEFAULTS] == list(specs.DEFAULTS)
+    assert specs.REFERENCE in specs.DEFAULTS
+    assert {text.partition(":")[0] for text in specs.DEFAULTS} == {*POLICIES, "downsample"}
+
+
 def test_specs() -> None:
     spec = parse_spec("csp:pool=1,n_obs=16,cross_ratio=0.3")
     assert spec.policy == CspPolicy(pool=1, cross_ratio=0.3)
     assert spec.pruning(64) == Pruning(policy=spec.policy, cells=64, n_obs=16)
     assert parse_spec("downsample").policy is None
     assert parse_spec("full").keeps_all
-    specs = [parse_spec(text) for text in ("csp", "random", "csp:n_obs=8", "downsample", "csp:pool=1", "full")]
-    assert [[spec.text for spec in group] for group in groups(specs)] == [
+    several = [parse_spec(text) for text in ("csp", "random", "csp:n_obs=8", "downsample", "csp:pool=1", "full")]
+    assert [[spec.text for spec in group] for group in groups(several)] == [
         ["csp", "random", "csp:pool=1", "full"],
         ["csp:n_obs=8"],
     ]
@@ -376,7 +457,7 @@ def test_specs() -> None:
         ("csp:pool", PolicyError, "csp"),
         ("csp:pool=1,n_obs", BenchError, "n_obs is ''"),
         ("csp:pool=1,", PolicyError, "name=value"),
-        ("lookm:merge=average", BenchError, "merges"),
+        ("lookm:merge=best", PolicyError, "merge is 'best'"),
         ("csp:n_obs=many", BenchError, "many"),
         ("csp:n_sink=-1", BenchError, "-1"),
         ("downsample:side=2", BenchError, "no settings"),
@@ -523,6 +604,20 @@ def test_a_run_goes_on_where_it_was_stopped(
     assert lines(out) == [row for row in map(json.loads, before.decode().splitlines()) if "settings" not in row]
 
 
+def test_more_policies_are_all_that_is_measured(
+    settings: run.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.jsonl"
+    run.run(settings, out)
+    chosen, answered, select, answer = list[str](), list[str](), Session.select, cache.answer
+    monkeypatch.setattr(Session, "select", lambda self, n: chosen.append(self.pruning.policy.name) or select(self, n))
+    monkeypatch.setattr(cache, "answer", lambda *given: answered.append("") or answer(*given))
+    monkeypatch.setattr(downsample, "Shrunk", None)  # nothing is missing there
+    more = run.run(replace(settings, policies=(*settings.policies, "streaming")), out)
+    assert set(chosen) == {"streaming"}
+    assert len(answered) == sum(row["policy"] == "streaming" for row in more) == len(more) - len(run.run(settings, out))
+
+
 def test_parallel_is_serial(settings: run.Settings, whole: list[dict[str, Any]], tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     run.run(replace(settings, n_job=2), out, limit=20)
@@ -574,9 +669,11 @@ def test_report_and_marks(settings: run.Settings, whole: list[dict[str, Any]]) -
     text = report.markdown(found)
     assert "edge-csp bench quality -m demo --policy full --policy csp --policy downsample" in text
     for protocol in report.REPORTED:
-        assert f"(`{protocol}`)" in text
-    assert "### Where `csp` is behind" in text
-    assert "/" not in text.split("## Accuracy")[0].replace("</", "").replace("bench/", "")  # no paths of this machine
+        assert f"\n`{protocol}`: " in text
+    assert text.splitlines()[2] == "<!-- Written by `edge-csp bench quality`; do not edit. -->"
+    assert "## Where `csp` is behind" in text
+    assert "llama-cpp-python 0.3.36" in text
+    assert "/" not in text.split("## Answers")[0]  # no paths of this machine
     forged = [row | {"right": row["policy"] != "csp"} for row in whole]
     assert not report.Summaries(settings, forged, "csp").ahead()  # the others have more cells
     forged = [row | ({"n_cell": row["n_budget"]} if row["policy"] == "downsample" else {}) for row in forged]
@@ -584,6 +681,11 @@ def test_report_and_marks(settings: run.Settings, whole: list[dict[str, Any]]) -
     assert {(one.policy, one.protocol) for one in ahead} == {
         ("downsample", protocol) for protocol in report.REPORTED if protocol != "bounded"
     }
+    text = report.markdown(report.Summaries(settings, forged, "csp"))
+    rows = [line for line in text.splitlines() if line.startswith("| `csp`") and "<br>" in line]
+    assert [report.BEHIND in row for row in rows] == [protocol != "bounded" for protocol in report.REPORTED]
+    assert sum(report.AHEAD in line for line in text.splitlines() if line.startswith("| `downsample`")) == len(rows) - 1
+    assert "| before | 20% | `downsample` | " in text.split("## Where `csp` is behind")[1].split("## Cells")[0]
     assert "Nowhere" in report.markdown(report.Summaries(settings, whole, "full"))
 
 
@@ -594,7 +696,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*quick, *more, "--out", str(out), "--report", str(file)]) == 0
     assert "csp:pool=1" in capsys.readouterr().out
     text = file.read_text(encoding="utf-8")
-    assert "## By number of pictures" in text
+    assert "## Pictures 2" in text
+    assert "## Pictures 3" in text
     assert "--pictures 2,3" in text
     assert len(lines(out)) == 2 * (2 * (2 * 4) + 3 + 5)
 

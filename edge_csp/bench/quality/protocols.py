@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edge_csp.bench.quality import cache, downsample
 from edge_csp.bench.quality.albums import Album
 from edge_csp.bench.quality.cache import State
-from edge_csp.bench.quality.reading import FULL, Asked, Pair, Reading, Record, Selection, turn_messages
+from edge_csp.bench.quality.reading import FULL, Asked, Pair, Reading, Record, Selection, chat_numbers, turn_messages
 from edge_csp.bench.quality.specs import Spec, groups
 from edge_csp.budget import Budget
 from edge_csp.context import Context
@@ -82,9 +82,10 @@ def _measure(context: Context, album: Album, plan: Plan) -> Iterator[Record]:
 
 def ask_now(reading: Reading, plan: Plan, group: Sequence[Spec]) -> Iterator[Record]:
     """`window`, `first` and `later`: the question chooses what stays."""
-    for number in range(len(reading.album.questions)):
-        chat = reading.chats.get(number, []) if "later" in plan.protocols else []
-        later = [one.number for one in chat]
+    n_question = len(reading.album.questions)
+    chats = {numbers[0]: numbers for numbers in chat_numbers(n_question)}
+    for number in range(n_question):
+        later: Sequence[int] = chats.get(number, ())
         pairs = plan.pairs(group, {"window": [number], "first": [number], "later": later})
         if not pairs:
             continue
@@ -98,7 +99,7 @@ def ask_now(reading: Reading, plan: Plan, group: Sequence[Spec]) -> Iterator[Rec
             if plan.lacks(pair, {"first": [number]}):
                 yield next(ask_first(reading, state, chosen, "first", [asked]))
             if plan.lacks(pair, {"later": later}):
-                yield from ask_first(reading, state, chosen, "later", chat)
+                yield from ask_first(reading, state, chosen, "later", reading.chats[number])
 
 
 def _choose_now(reading: Reading, asked: Asked, pairs: Sequence[Pair]) -> list[Selection]:
@@ -112,7 +113,9 @@ def _choose_now(reading: Reading, asked: Asked, pairs: Sequence[Pair]) -> list[S
 
 def ask_window(reading: Reading, before_last: State, chosen: Selection, asked: Asked) -> Record:
     context = reading.context
-    cache.restore(context, before_last)
+    cache.restore(context, chosen.merged or before_last)
+    if chosen.merged:
+        cache.rewind(context, before_last.n_past)
     seconds = _keep(context, None if chosen.cells is None else chosen.cells[..., :-1])
     got = cache.answer(context, cache.decode(context, asked.tail[-1:]), asked.full, reading.n_predict)
     return asked.record("window", chosen, got, seconds)
@@ -125,6 +128,8 @@ def ask_first(
     context = reading.context
     cache.restore(context, before_last)
     now = cache.decode(context, chat[0].tail[-1:])
+    if chosen.merged:
+        cache.restore(context, chosen.merged)
     seconds = _keep(context, chosen.cells)
     for asked in chat:
         if asked.turn:
@@ -141,7 +146,7 @@ def ask_before(reading: Reading, plan: Plan, group: Sequence[Spec]) -> Iterator[
         return
     every = [reading.asked(number) for number in numbers]
     for chosen in reading.select(reading.read(pairs[0][0].pruning()), pairs, reading.n_token):
-        cache.restore(context, reading.state)
+        cache.restore(context, chosen.merged or reading.state)
         seconds = _keep(context, chosen.cells)
         for asked in every:
             got = cache.answer(context, cache.decode(context, asked.tail), asked.full, reading.n_predict)
@@ -161,11 +166,13 @@ def ask_downsampled(reading: Reading, plan: Plan, spec: Spec) -> Iterator[Record
     """Fewer picture tokens, as many as fit into the cells of a budget beside all text, and at least one of a picture.
     Nothing is evicted: the protocols differ in the budget and in what was asked before.
     """
+    numbers = range(len(reading.album.questions))
+    if not plan.pairs([spec], dict.fromkeys(set(plan.protocols) - {"bounded"}, numbers)):
+        return
     context, album = reading.context, downsample.Shrunk(reading)
-    every = [[reading.asked(number)] for number in range(len(reading.album.questions))]
-    chats = {"window": every, "first": every, "before": every, "later": list(reading.chats.values())}
-    for protocol in (name for name in chats if name in plan.protocols):
-        for chat in chats[protocol]:
+    for protocol in (name for name in PROTOCOLS if name in plan.protocols and name != "bounded"):
+        every = reading.chats.values() if protocol == "later" else [[reading.asked(number)] for number in numbers]
+        for chat in every:
             n_tail = 0 if protocol == "before" else len(chat[0].tail)
             for _, budget in plan.pairs([spec], {protocol: [asked.number for asked in chat]}):
                 n_token = reading.n_token + n_tail
@@ -191,12 +198,25 @@ def ask_bounded(context: Context, album: Album, plan: Plan) -> Iterator[Record]:
         context.clear()
         session = Session(context, pruning=spec.pruning(None if spec.keeps_all else n_budget))
         for asked in every:
-            seconds = session.counters.evict_s
+            before = replace(session.counters)
             session.prefill(turn_messages(album, asked.number + 1, every))
             session.prune()
-            seconds = session.counters.evict_s - seconds
             _, tags = context.cells()
-            chosen = Selection(spec, budget, None, session.n_token, n_budget, tags.shape[2], cache.kept(tags), seconds)
+            chosen = Selection(
+                spec,
+                budget,
+                None,
+                session.n_token,
+                n_budget,
+                tags.shape[2],
+                cache.kept(tags),
+                seconds=session.counters.evict_s - before.evict_s,
+                extra_token=(n_extra := session.counters.n_cue_token - before.n_cue_token),
+                extra_s=session.counters.cue_s - before.cue_s if n_extra else 0.0,
+                extra_picture=sum(part["type"] == "image" for part in album.turns[asked.number].parts)
+                if n_extra
+                else 0,
+            )
             got = cache.answer(context, cache.log_probs(context), asked.full, plan.n_predict)
             yield asked.record("bounded", chosen, got)
 

@@ -36,7 +36,8 @@ ACKNOWLEDGEMENT = "Okay."
 class Record:
     """An answer. n_token: cells without pruning, when cells were evicted. n_budget: those that may stay; n_cell: those
     that did; kept_text and kept_picture: of these, means over layers and KV heads. turn: of the chat. evict_s: seconds
-    of choosing and moving the cells that the answer came from. extra_token, extra_s: what was run besides for them.
+    of choosing, merging and moving the cells that the answer came from. extra_token, extra_s: what was run besides for
+    them; extra_picture: the pictures that this was run for.
     """
 
     protocol: str
@@ -59,6 +60,7 @@ class Record:
     evict_s: float
     extra_token: int = 0
     extra_s: float = 0.0
+    extra_picture: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(self).items()}
@@ -70,7 +72,8 @@ Pair = tuple[Spec, Budget]
 @dataclass(frozen=True)
 class Selection:
     """What stays. cells: i32 [n_layer, n_head_kv, n_keep], None where nothing has to be evicted any more. n_token,
-    n_budget, n_cell, kept, extra_token, extra_s: see Record. seconds: of choosing them.
+    n_budget, n_cell, kept, extra_…: see Record. seconds: of choosing them. merged: all cells, before any goes, after
+    what goes has been merged into what stays; None for policies that do not merge.
     """
 
     spec: Spec
@@ -83,6 +86,8 @@ class Selection:
     seconds: float = 0.0
     extra_token: int = 0
     extra_s: float = 0.0
+    extra_picture: int = 0
+    merged: State | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,7 @@ class Asked:
             evict_s=chosen.seconds + seconds,
             extra_token=chosen.extra_token,
             extra_s=chosen.extra_s,
+            extra_picture=chosen.extra_picture,
         )
 
 
@@ -173,12 +179,10 @@ class Reading:
     @cached_property
     def chats(self) -> dict[int, list[Asked]]:
         """Chats of questions one after the other, by the number of their first question."""
-        chats = {}
-        for begin in range(0, len(self.album.questions), N_CHAT):
-            questions = self.album.questions[begin : begin + N_CHAT]
-            if len(questions) == N_CHAT or (begin == 0 and len(questions) > 1):
-                chats[begin] = self._chat(begin, questions)
-        return chats
+        return {
+            numbers[0]: self._chat(numbers[0], self.album.questions[numbers[0] : numbers[-1] + 1])
+            for numbers in chat_numbers(len(self.album.questions))
+        }
 
     def _chat(self, begin: int, questions: Sequence[Question]) -> list[Asked]:
         cache.restore(self.context, self.state)
@@ -199,6 +203,14 @@ class Reading:
     def select(self, session: Session, pairs: Sequence[Pair], n_token: int) -> list[Selection]:
         """What stays with each policy and budget. A share is one of n_token tokens. Nothing is evicted."""
         _, tags = self.context.cells()
+        counters, n_picture = session.counters, sum(part["type"] == "image" for part in self._parts())
+        extra: dict[str, Any] = {}
+        if counters.n_cue_token:
+            extra = {
+                "extra_token": counters.n_cue_token,
+                "extra_s": counters.cue_s,
+                "extra_picture": n_picture,
+            }
         found = []
         for spec, budget in pairs:
             session.pruning = spec.pruning()
@@ -207,8 +219,39 @@ class Reading:
             cells = None if spec.keeps_all else session.select(n_budget)
             seconds = time.perf_counter() - began
             n_cell = tags.shape[2] if cells is None else cells.shape[2]
-            found.append(Selection(spec, budget, cells, n_token, n_budget, n_cell, cache.kept(tags, cells), seconds))
+            merged = None
+            if cells is not None and n_cell < tags.shape[2] and spec.pruning().policy.merges:
+                merged, merge_s = self._merged(session, cells)
+                seconds += merge_s
+            kept = cache.kept(tags, cells)
+            found.append(
+                Selection(spec, budget, cells, n_token, n_budget, n_cell, kept, seconds, merged=merged, **extra)
+            )
         return found
+
+    def _parts(self) -> list[dict[str, Any]]:
+        return [part for message in self.messages for part in content_parts(message)]
+
+    def _merged(self, session: Session, cells: IntArray) -> tuple[State, float]:
+        """All cells, merged as before an eviction, and the seconds of that. The cache is put back, row by row, because
+        the observation window has to stay.
+        """
+        context = self.context
+        rows = [(layer, kind, context.rows(layer, kind)) for layer in range(cells.shape[0]) for kind in "kv"]
+        began = time.perf_counter()
+        session.merge(cells)
+        seconds = time.perf_counter() - began
+        state = cache.save(context)
+        for layer, kind, before in rows:
+            context.set_rows(layer, kind, before)
+        return state, seconds
+
+
+def chat_numbers(n_question: int) -> list[range]:
+    """Numbers of the questions of every chat: as many as are whole, or one that is shorter."""
+    begins = range(0, n_question, N_CHAT)
+    numbers = [range(begin, min(begin + N_CHAT, n_question)) for begin in begins]
+    return [one for one in numbers if len(one) == N_CHAT or (one[0] == 0 and len(one) > 1)]
 
 
 def turn_messages(album: Album, n_turn: int, answered: Sequence[Asked]) -> list[Message]:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from edge_csp import __version__
 from edge_csp.bench.quality.protocols import PROTOCOLS
 from edge_csp.bench.quality.run import Settings
-from edge_csp.bench.quality.stats import Difference, Row, Summary, summarise
+from edge_csp.bench.quality.stats import Difference, Row, Summary, album_of, summarise
+from edge_csp.bench.report import machine
 from edge_csp.errors import BenchError
 
 REPORTED = tuple(one for name in PROTOCOLS for one in ((name, "later, first") if name == "later" else (name,)))
@@ -28,6 +28,8 @@ WORDS = {
 }
 AHEAD = "▲"
 """Marks a policy that is ahead of the reference by more than the interval."""
+BEHIND = "▼"
+"""Marks the reference where some policy is."""
 OVER = "†"
 """Marks what has more cells than the budget, because text alone takes more; it is not compared."""
 
@@ -93,10 +95,16 @@ def _short(one: Summary | None) -> str:
     return f"{percent(one.accuracy)} ({100 * one.to_full.mean:+.1f})".replace("-", "−") + _marks(one)
 
 
-def _cell(one: Summary | None) -> str:
+def _cell(found: Summaries, one: Summary | None) -> str:
     if one is None:
         return "-"
-    return f"{percent(one.accuracy)} ({interval(one.to_full)})" + _marks(one)
+    of_full = percent(one.accuracy / one.full) if one.full else "-"
+    first = f"**{of_full}** ({interval(one.to_full)}){_marks(one)}"
+    if one.policy == found.against and any(
+        (one.protocol, one.budget) == (other.protocol, other.budget) for other in found.ahead()
+    ):
+        first += f" {BEHIND}"
+    return f"{first}<br>{percent(one.same)}; {one.kl:.3f}"
 
 
 def _marks(one: Summary) -> str:
@@ -125,27 +133,39 @@ def command(found: Summaries) -> str:
 def markdown(found: Summaries) -> str:
     """The whole report."""
     settings = found.settings
+    against = (
+        f" {AHEAD}: ahead of `{found.against}` by more than the interval of their difference on the same questions; "
+        f"{BEHIND}: there `{found.against}` is behind."
+        if found.against
+        else ""
+    )
     parts = [
         "# Quality\n",
-        "<!-- Written by `edge-csp bench quality --report`; run that again instead of changing this file. -->\n",
+        "<!-- Written by `edge-csp bench quality`; do not edit. -->\n",
         _about(found),
-        "## Accuracy\n",
-        "Right answers in percent; in brackets the 95 % interval of the difference to the full cache on the same "
-        "questions, in percentage points"
-        + (f"; {AHEAD}: ahead of `{found.against}` by more than the interval" if found.against else "")
-        + f"; {OVER}: with more cells than the budget, because text alone takes more.\n",
+        "## Answers\n",
+        "In every cell: right answers in percent of those of the full cache; in brackets the 95 % interval of the "
+        "difference to it on the same questions, in percentage points. Below: answers that are exactly those of the "
+        f"full cache, in percent; KL divergence in nats.{against} {OVER}: with more cells than the budget, because "
+        "text alone takes more.\n",
     ]
     for protocol in found.protocols:
-        rows = [[f"`{policy}`", *map(_cell, found.row(protocol, policy))] for policy in found.policies(protocol)]
+        rows = [
+            [f"`{policy}`", *(_cell(found, one) for one in found.row(protocol, policy))]
+            for policy in found.policies(protocol)
+        ]
         n = max(one.n for key, one in found.found.items() if key[0] == protocol)
         parts.append(
-            f"**{WORDS[protocol]}** (`{protocol}`): {n} answers each, full cache {percent(_full(found, protocol))}\n"
+            f"### {WORDS[protocol]}\n\n`{protocol}`: {n} answers each; the full cache is right in "
+            f"{percent(_full(found, protocol))} %.\n"
         )
         parts.append(_markdown_table(["policy", *settings.budgets], rows))
     if found.against:
         parts.append(_against(found))
-    parts += ["## Agreement with the full cache\n", "Exactly the same answer in percent; KL divergence in nats.\n"]
-    parts.append(_details(found, lambda one: f"{percent(one.same)} / {one.kl:.3f}"))
+    for name, words in (("model", "Model"), ("n_picture", "Pictures")):
+        values = list(dict.fromkeys(record[name] for record in found.records))
+        if len(values) > 1:
+            parts += [_by(found, name, f"{words} {value}", value) for value in values]
     parts += [
         "## Cells\n",
         "Cells that stay of text + pictures, means over layers, KV heads and evictions; in brackets their share.\n",
@@ -153,32 +173,39 @@ def markdown(found: Summaries) -> str:
     parts.append(_details(found, lambda one: f"{one.kept_text:.0f} + {one.kept_picture:.0f} ({percent(one.share)})"))
     parts += [
         "## Cost\n",
-        "Milliseconds of choosing and moving cells, per eviction (`bounded`: per turn); extra tokens and their "
-        "milliseconds.\n",
+        "Seconds of choosing, merging and moving cells, per eviction (`bounded`: per turn), medians. Where something "
+        "is run besides, its tokens and seconds per picture (`downsample`: reading the smaller pictures).\n",
     ]
-    parts.append(_details(found, lambda one: f"{one.evict_ms:.1f}; {one.extra_token:.0f}, {one.extra_ms:.1f}"))
-    for name, words in (("model", "model"), ("n_picture", "number of pictures")):
-        values = list(dict.fromkeys(record[name] for record in found.records))
-        if len(values) > 1:
-            parts += [f"## By {words}\n", "Right answers in percent.\n", _by(found, name, values)]
+    parts.append(_details(found, _cost))
     return "\n".join(parts)
+
+
+def _cost(one: Summary) -> str:
+    extra = f"; {one.extra_token:.1f} tokens, {one.extra_s:.3f} s" if one.extra_s else ""
+    return f"{one.evict_ms / 1000:.4f}{extra}"
 
 
 def _about(found: Summaries) -> str:
     settings, source = found.settings, found.settings.source
+    versions = machine()
+    n_question = len(
+        {(*album_of(record), record["question"], record["protocol"] == "bounded") for record in found.records}
+    )
     albums = {(record["n_picture"], record["album"]) for record in found.records}
     where = f"the folder `{source.folder.name}`" if source.folder else f"drawn with seed {source.seed}"
     pictures = ", ".join(str(n) for n in sorted({n for n, _ in albums}))
     return (
         f"    {command(found)}\n\n"
         f"{len(found.records)} answers; models: {', '.join(model.name for model in settings.models)}; "
-        f"{len(albums)} albums of {pictures} pictures ({where}); greedy, at most {settings.n_predict} tokens; "
-        f"edge-csp {__version__}. What protocols, policies and columns mean: [bench.md](bench.md#quality).\n"
+        f"{n_question} questions about {len(albums)} albums of {pictures} pictures ({where}); "
+        f"greedy, at most {settings.n_predict} tokens; "
+        f"edge-csp {versions['edge_csp']}, llama-cpp-python {versions['llama_cpp_python']}, numpy {versions['numpy']}, "
+        f"{versions['system']}. What protocols, policies and columns mean: [bench.md](bench.md#quality).\n"
     )
 
 
 def _against(found: Summaries) -> str:
-    head = f"### Where `{found.against}` is behind\n\n"
+    head = f"## Where `{found.against}` is behind\n\n"
     rows = [
         [one.protocol, one.budget, f"`{one.policy}`", interval(one.to_reference), f"{one.n}"]
         for one in found.ahead()
@@ -199,19 +226,22 @@ def _details(found: Summaries, words: Any) -> str:
     return _markdown_table(["protocol", "policy", *found.settings.budgets], rows)
 
 
-def _by(found: Summaries, name: str, values: Sequence[Any]) -> str:
-    parts = {
-        value: Summaries(found.settings, [row for row in found.records if row[name] == value], None) for value in values
-    }
-    rows = []
-    for protocol in found.protocols:
-        for policy in found.policies(protocol):
-            for i, budget in enumerate(found.settings.budgets):
-                ones = [parts[value].row(protocol, policy)[i] for value in values]
-                rows.append(
-                    [protocol, f"`{policy}`", budget, *("-" if one is None else percent(one.accuracy) for one in ones)]
-                )
-    return _markdown_table(["protocol", "policy", "budget", *map(str, values)], rows)
+def _by(found: Summaries, name: str, title: str, value: Any) -> str:
+    """Of the records with a value alone."""
+    part = Summaries(found.settings, [row for row in found.records if row[name] == value], None)
+    rows = [
+        [
+            f"`{policy}`",
+            *(
+                " / ".join("-" if one is None else percent(one.accuracy) for one in part.row(protocol, policy))
+                for protocol in part.protocols
+            ),
+        ]
+        for policy in found.settings.policies
+    ]
+    full = ["(full cache)", *(percent(_full(part, protocol)) for protocol in part.protocols)]
+    words = f"## {title}\n\nRight answers in percent, at {' / '.join(found.settings.budgets)}.\n\n"
+    return words + _markdown_table(["policy", *part.protocols], [full, *rows])
 
 
 def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -16,6 +16,24 @@ from edge_csp.policy import Policy, make_policy
 from edge_csp.pruning import Pruning
 
 DOWNSAMPLE = "downsample"
+DEFAULTS = (
+    "quota",
+    "quota+",
+    "csp",
+    "csp:pool=1",
+    "snapkv",
+    "h2o",
+    "lookm",
+    "lookm:merge=pivotal",
+    "streaming",
+    "keydiff",
+    "random",
+    "full",
+    DOWNSAMPLE,
+)
+"""What is compared unless something else is asked for. csp:pool=1 is csp as it was published."""
+REFERENCE = "quota"
+"""What the others are compared with."""
 OVERRIDES = frozenset(field.name for field in fields(Pruning)) - {"budget", "policy", "cells"}
 """Settings of Pruning that a spec may change."""
 
@@ -48,8 +66,6 @@ def parse_spec(text: str) -> Spec:
         return Spec(text, None)
     own = [one for one in given if one.partition("=")[0].strip() not in OVERRIDES]
     policy = make_policy(name, own)
-    if policy.merges:
-        raise BenchError(f"{text} merges what it evicts, which cannot be put back for the next question")
     return Spec(text, policy, tuple(_override(text, one) for one in given if one not in own))
 
 

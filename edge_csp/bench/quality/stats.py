@@ -46,8 +46,8 @@ class Summary:
     is_over: with more cells than the budget, somewhere.
 
     full: accuracy of the full cache on the same questions. same: exact agreement with it. to_full: accuracy minus that
-    of the full cache; to_reference: minus that of the reference policy, None without the same questions. evict_ms,
-    extra_ms: medians, the first time loads what is compiled.
+    of the full cache; to_reference: minus that of the reference policy, None without the same questions. evict_ms:
+    median, the first time loads what is compiled. extra_token, extra_s: per picture, of what was run besides.
     """
 
     protocol: str
@@ -65,7 +65,7 @@ class Summary:
     kept_picture: float
     evict_ms: float
     extra_token: float
-    extra_ms: float
+    extra_s: float
     to_full: Difference
     to_reference: Difference | None = None
 
@@ -75,7 +75,7 @@ def protocol_of(record: Row) -> str:
     return "later, first" if record["protocol"] == "later" and record["turn"] == 0 else str(record["protocol"])
 
 
-def album_of(record: Row) -> Hashable:
+def album_of(record: Row) -> tuple[int, int]:
     """Questions of an album are drawn together, those of all models on it too."""
     return record["n_picture"], record["album"]
 
@@ -102,6 +102,7 @@ def _summary(key: tuple[str, str, str], rows: list[Row], reference: Mapping[Hash
     def median(name: str) -> float:
         return float(np.median([row[name] for row in rows]))
 
+    n_picture = max(1, sum(row.get("extra_picture") or row["n_picture"] for row in rows if row["extra_s"]))
     paired = [row for row in rows if _question_of(row) in reference]
     return Summary(
         protocol=key[0],
@@ -118,8 +119,8 @@ def _summary(key: tuple[str, str, str], rows: list[Row], reference: Mapping[Hash
         kept_text=mean("kept_text"),
         kept_picture=mean("kept_picture"),
         evict_ms=1000 * median("evict_s"),
-        extra_token=mean("extra_token"),
-        extra_ms=1000 * median("extra_s"),
+        extra_token=sum(row["extra_token"] for row in rows) / n_picture,
+        extra_s=sum(row["extra_s"] for row in rows) / n_picture,
         to_full=_paired(rows, lambda row: float(row["right"]) - float(row["full_right"])),
         to_reference=_paired(paired, lambda row: float(row["right"]) - float(reference[_question_of(row)]))
         if paired
