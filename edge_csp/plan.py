@@ -33,7 +33,7 @@ from edge_csp.session import MIN_CELLS
 TEXT_TOKENS, TEXT_TOKENS_PER_PICTURE = 512, 16
 """Text that is assumed: questions, answers and template, and the words that come with every picture."""
 MAX_CELLS = 2**31 - 1
-_RANKING_BYTES = 22  # what CspPolicy takes per (layer, KV head, cell) at most
+_RANKING_BYTES = 27  # what the default policy takes per (layer, KV head, cell) at most
 _STEP = 2**15  # contexts of 1 and 2 steps tell what every further cell takes; larger ones are extrapolated from them
 
 
@@ -278,7 +278,7 @@ def _eviction_bytes(info: native.Info, n_cell: int) -> int:
 
 
 def _score_bytes(n_modality: int) -> int:
-    """Bytes per (layer, KV head, cell) observed: f32 scores per modality, i32 position and span, u8 tag, rankings."""
+    """Bytes per (layer, KV head, cell) observed: f32 scores and key norm, i32 position, u8 tag, rankings."""
     return 4 * n_modality + 4 + 4 + 1 + _RANKING_BYTES
 
 
