@@ -2,6 +2,7 @@
 
 #include "ggml-cpp.h"
 #include "llama-csp-impl.h"
+#include "llama-csp-score-host.h"
 
 #include <algorithm>
 #include <cmath>
@@ -102,6 +103,29 @@ void write_row(const cell_rows & r, char * data, int64_t head, int64_t cell, con
     }
 }
 
+// Lengths of the keys of one head; norms: [n_cell]
+void head_norms(const cell_rows & r, const char * data, int64_t head, float * norms) {
+    if (llama_csp_host_scores_available() && (r.t->type == GGML_TYPE_F16 || r.t->type == GGML_TYPE_F32)) {
+        llama_csp_host_head keys = {};
+
+        keys.k        = data + head * r.head_size();
+        keys.k_stride = r.t->nb[1];
+        keys.k_is_f16 = r.t->type == GGML_TYPE_F16;
+        keys.head_dim = r.head_dim;
+        keys.n_cell   = r.n_cell;
+        return llama_csp_host_norms(keys, norms);
+    }
+    std::vector<float> row(r.head_dim);
+    for (int64_t cell = 0; cell < r.n_cell; ++cell) {
+        read_row(r, data, head, cell, row.data());
+        float sum = 0.0f;
+        for (const float x : row) {
+            sum += x * x;
+        }
+        norms[cell] = std::sqrt(sum);
+    }
+}
+
 // What all of these functions ask first.
 int32_t check(const llama_csp *         csp,
               llama_seq_id              seq_id,
@@ -161,18 +185,8 @@ int32_t llama_csp_key_norms(llama_csp *  csp,
             const cell_rows   r = rows_of(*csp, *stream, layer + i, /*is_v =*/false);
             std::vector<char> copy;
             const char *      data = read_bytes(r, copy);
-            llama_csp_parallel(r.n_head, csp->n_thread(), [&](size_t head) {
-                std::vector<float> row(r.head_dim);
-                float *            out = norms + (i * r.n_head + head) * n_cell;
-                for (size_t cell = 0; cell < n_cell; ++cell) {
-                    read_row(r, data, head, cell, row.data());
-                    float sum = 0.0f;
-                    for (const float x : row) {
-                        sum += x * x;
-                    }
-                    out[cell] = std::sqrt(sum);
-                }
-            });
+            llama_csp_parallel(r.n_head, csp->n_thread(),
+                               [&](size_t head) { head_norms(r, data, head, norms + (i * r.n_head + head) * n_cell); });
         }
     } catch (const std::bad_alloc &) {
         return llama_csp_fail(LLAMA_CSP_ERR_MEMORY, "no memory to read the keys of %zu cells", n_cell);

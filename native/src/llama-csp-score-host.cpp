@@ -26,6 +26,8 @@ bool llama_csp_host_scores_available() {
 
 void llama_csp_host_scores(const llama_csp_host_head &, int32_t, float *) {}
 
+void llama_csp_host_norms(const llama_csp_host_head &, float *) {}
+
 #else
 
 namespace {
@@ -248,6 +250,25 @@ void llama_csp_host_scores(const llama_csp_host_head & head, int32_t n_modality,
     std::fill(scores, scores + n_modality * head.n_cell, 0.0f);
     for (size_t first = 0; first < head.q.size(); first += N_QUERY) {
         score_queries(head, first, std::min<size_t>(N_QUERY, head.q.size() - first), n_modality, tmp, scores);
+    }
+}
+
+void llama_csp_host_norms(const llama_csp_host_head & head, float * norms) {
+    const int64_t      n_vec = (head.head_dim + N_LANE - 1) / N_LANE;
+    std::vector<float> key(n_vec * N_LANE, 0.0f);
+    for (int64_t cell = 0; cell < head.n_cell; ++cell) {
+        to_float(head.k + cell * head.k_stride, head.k_is_f16, head.head_dim, key.data());
+        vec sum = {};
+        for (int64_t i = 0; i < n_vec; ++i) {
+            vec x;
+            memcpy(&x, key.data() + i * N_LANE, sizeof(x));
+            sum += x * x;
+        }
+        float total = 0.0f;
+        for (int lane = 0; lane < N_LANE; ++lane) {
+            total += sum[lane];
+        }
+        norms[cell] = std::sqrt(total);
     }
 }
 

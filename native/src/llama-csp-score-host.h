@@ -27,3 +27,6 @@ bool llama_csp_host_scores_available();
 
 // scores: [n_modality][n_cell], summed over the queries of a modality
 void llama_csp_host_scores(const llama_csp_host_head & head, int32_t n_modality, float * scores);
+
+// Lengths of the keys; norms: [n_cell]
+void llama_csp_host_norms(const llama_csp_host_head & head, float * norms);
