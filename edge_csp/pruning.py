@@ -44,6 +44,8 @@ class Pruning:
     budget.protected_cells(). softmax_n: n of the scoring softmax.
     cues: questions asked right after every picture, each answered in cue_predict tokens at most, and then taken back,
     for policies that want to know what they look at; {n} is the number of the picture.
+    reread: pictures that get at least this share of the attention where an answer begins, and have lost more than half
+    of their cells, are read again for the answer; 0: none.
     """
 
     budget: Budget | None = None
@@ -55,6 +57,11 @@ class Pruning:
     softmax_n: float = 1.0
     cues: tuple[str, ...] = ("What is in picture {n}?",)
     cue_predict: int = 16
+    reread: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.reread <= 1:
+            raise PolicyError(f"reread is {self.reread}: it is a share of the attention, 0 to 1")
 
 
 class Pruner:
