@@ -140,9 +140,9 @@ class Pruner:
             return noted
         return np.pad(noted, [(0, 0), (0, 0), (0, n_cell - noted.shape[-1])])
 
-    def prune(self, n_token: int) -> int:
+    def prune(self, n_token: int, n_new: int = 0) -> int:
         """Evict down to the budget of a conversation of n_token tokens, if that pays; a bounded cache gets room for
-        an answer too. Returns the cells evicted per layer and KV head.
+        an answer too, and for n_new cells before it. Returns the cells evicted per layer and KV head.
 
         Raises BudgetError, before anything has changed, if the pinned cells or one cell exceed the budget.
         """
@@ -154,8 +154,9 @@ class Pruner:
             target = budget.cells(n_token, self.context.bytes_per_cell)
             if budget.kind == "ratio" and n_cell - target < n_cell / MIN_GAIN:
                 target = n_cell
-        if self.is_bounded and n_cell > self.n_cell_max - self.n_batch // 2:
-            target = min(target, self.n_cell_max - self.n_batch)
+        n_answer = self.n_batch if n_new else self.n_batch // 2
+        if self.is_bounded and n_cell > self.n_cell_max - n_answer - n_new:
+            target = min(target, self.n_cell_max - self.n_batch - n_new)
         return self._shrink(target)
 
     def make_room(self, n_new: int) -> int:

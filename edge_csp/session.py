@@ -18,7 +18,7 @@ import codecs
 import itertools
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,10 +121,14 @@ class _Planned:
     looks: Sequence[Look]
     items: list[Item]
 
-    def told(self, n_cell: int) -> str:
-        """That it was read again, and filled so many cells."""
+    @property
+    def n_cell(self) -> int:
+        return sum(item.n_cell for item in self.items)
+
+    @property
+    def told(self) -> str:
         was, them = ("was", "it") if len(self.looks) == 1 else ("were", "them")
-        return f"{self._pictures} {was} read again, {n_cell} cells: the question looks at {them}, and {self._left}"
+        return f"{self._pictures} {was} read again, {self.n_cell} cells: the question looks at {them}, and {self._left}"
 
     def refused(self, error: Exception) -> str:
         return f"{self._pictures} could not be read again, of which {self._left}: {error}"
@@ -279,7 +283,7 @@ class Session:
         self._planned = self._plan_again(messages) if add_generation_prompt else None
 
     def _plan_again(self, messages: Sequence[Message]) -> _Planned | None:
-        """What the question, which has just been evaluated, looks at and has mostly lost."""
+        """The pictures that the question, which has just been evaluated, looks at, if most of them is gone."""
         least = self.pruning.reread
         if not least or self.context.csp is None or not n_pictures(self._items):
             return None
@@ -297,10 +301,10 @@ class Session:
         planned, self._planned = self._planned, None
         if planned is None:
             return
-        n_cell = sum(item.n_cell for item in planned.items)
+        n_cell = planned.n_cell
         try:
-            self._make_room_again(n_cell, sum(item.n_pos for item in planned.items))
-        except (BudgetError, ContextError) as error:
+            self._check_room(n_cell, sum(item.n_pos for item in planned.items))
+        except ContextError as error:
             self._tell(planned.refused(error))
             return
         started = time.perf_counter()
@@ -322,21 +326,19 @@ class Session:
         self.counters.n_reread += len(planned.looks)
         self.counters.n_reread_cell += n_cell
         self.counters.reread_s += time.perf_counter() - started
-        self._tell(planned.told(n_cell))
+        self._tell(planned.told)
 
-    def _make_room_again(self, n_cell: int, n_pos: int) -> None:
-        """Raises ContextError or BudgetError if so much does not fit behind the conversation, and cannot be removed."""
+    def _check_room(self, n_cell: int, n_pos: int) -> None:
+        """Raises ContextError if so much does not fit behind the conversation, or could not be removed."""
         import llama_cpp
 
         model = self.model.handle
         if llama_cpp.llama_model_is_recurrent(model) or llama_cpp.llama_model_is_hybrid(model):
             raise ContextError("nothing can be taken back from the cache of this model")
-        bounded = self._pruner.is_bounded  # then at least half of the cells stay with the conversation, less an answer
-        n_free = self.n_cell_max // 2 if bounded else self.context.n_ctx - 1 - self.context.n_cell
+        n_free = self.n_cell_max - 1 - self.context.n_cell
         if n_cell > n_free:
             raise ContextError(f"that takes {n_cell} cells for a while, and there is room for {n_free}")
         self._check_trained(self.context.n_past + n_pos)
-        self._make_room(n_cell + self._pruner.n_batch * bounded)
 
     def _decode_text(self, items: Sequence[Item]) -> None:
         tokens = [item.key for item in items if isinstance(item.key, int)]
@@ -569,6 +571,10 @@ class Session:
         Raises BudgetError if the budget is smaller than one cell, or than the pinned cells.
         """
         self._take_back()
+        n_again = self._planned.n_cell if self._planned else 0
+        if 0 < n_again <= self.n_cell_max // 2:
+            with suppress(BudgetError):  # pinned cells leave no room for it
+                return self._count_eviction(lambda n_token: self._pruner.prune(n_token, n_again), self.n_token)
         return self._count_eviction(self._pruner.prune, self.n_token)
 
     def select(self, n_cell: int) -> IntArray:
@@ -609,7 +615,8 @@ class Session:
         self.finish_reason = "interrupt"
         again = None
         try:
-            self._read_again()
+            if n_predict:
+                self._read_again()
             again, n = self._again, 0
             while n != n_predict:
                 token = sampler.sample(self.context.handle)
