@@ -296,6 +296,20 @@ class Session:
         numbers = [look.number for look in found]
         return _Planned(found, second_reading(self.model, self._items, pictures, numbers, begin))
 
+    @contextmanager
+    def second_reading(self) -> Iterator[None]:
+        """Read pictures again after prefill(), if that is due, for a `with` block; generate() does so itself.
+
+        The logits are then those after the question was read once more.
+        """
+        self._read_again()
+        again = self._again
+        try:
+            yield
+        finally:
+            if self._again is again:  # not gone yet
+                self._take_back()
+
     def _read_again(self) -> None:
         """Evaluate what was planned behind the prompt, for the answer that follows; told in any case."""
         planned, self._planned = self._planned, None
@@ -613,11 +627,11 @@ class Session:
         sampler = Sampler(self.sampling, self.model, prompt_tokens)
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.finish_reason = "interrupt"
-        again = None
+        with_pictures = ExitStack()
         try:
             if n_predict:
-                self._read_again()
-            again, n = self._again, 0
+                with_pictures.enter_context(self.second_reading())
+            n = 0
             while n != n_predict:
                 token = sampler.sample(self.context.handle)
                 if self.model.is_end(token):
@@ -644,8 +658,7 @@ class Session:
                 yield rest
         finally:
             sampler.close()
-            if self._again is again:
-                self._take_back()
+            with_pictures.close()
             self._tell_evictions("answering", n_eviction, n_evicted)
 
     def _is_past_trained(self) -> bool:
