@@ -51,6 +51,8 @@ class Pruning:
     cues: questions asked right after every picture, each answered in cue_predict tokens at most, and then taken back,
     for policies that want to know what they look at; {n} is the number of the picture. A bounded cache that is too
     small for a cue and its answer goes without it.
+    reread: pictures that get at least this share of the attention where an answer begins, and have lost more than half
+    of their cells, are read again for the answer; 0: none.
     """
 
     budget: Budget | None = None
@@ -62,6 +64,11 @@ class Pruning:
     softmax_n: float = 1.0
     cues: tuple[str, ...] = ("What is in picture {n}?",)
     cue_predict: int = 16
+    reread: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.reread <= 1:
+            raise PolicyError(f"reread is {self.reread}: it is a share of the attention, 0 to 1")
 
 
 class Pruner:
@@ -140,9 +147,9 @@ class Pruner:
             return noted
         return np.pad(noted, [(0, 0), (0, 0), (0, n_cell - noted.shape[-1])])
 
-    def prune(self, n_token: int) -> int:
+    def prune(self, n_token: int, n_new: int = 0) -> int:
         """Evict down to the budget of a conversation of n_token tokens, if that pays; a bounded cache gets room for
-        an answer too. Returns the cells evicted per layer and KV head.
+        an answer too, and for n_new cells before it. Returns the cells evicted per layer and KV head.
 
         Raises BudgetError, before anything has changed, if the pinned cells or one cell exceed the budget.
         """
@@ -154,8 +161,9 @@ class Pruner:
             target = budget.cells(n_token, self.context.bytes_per_cell)
             if budget.kind == "ratio" and n_cell - target < n_cell / MIN_GAIN:
                 target = n_cell
-        if self.is_bounded and n_cell > self.n_cell_max - self.n_batch // 2:
-            target = min(target, self.n_cell_max - self.n_batch)
+        n_answer = self.n_batch if n_new else self.n_batch // 2
+        if self.is_bounded and n_cell > self.n_cell_max - n_answer - n_new:
+            target = min(target, self.n_cell_max - self.n_batch - n_new)
         return self._shrink(target)
 
     def make_room(self, n_new: int) -> int:
@@ -204,6 +212,7 @@ class Pruner:
 
         Raises BudgetError if the pinned cells are more.
         """
+        self.note_mass()
         groups, layout = self.context.layer_groups(), self._layout()
         n_keep = self.pruning.policy.n_keep(target, self.context.n_cell)
         cells = np.empty((groups[-1].stop, self.context.n_head_kv, n_keep), np.int32)

@@ -7,6 +7,9 @@ in memory.
 
 In a bounded cache (Pruning.cells) cells are evicted before every batch that would overflow it, of the prompt and of the
 answer: a conversation of any length goes on. Pinned messages and pictures stay.
+
+With Pruning.reread, pictures of which little is left are read again behind the prompt, see reread.py. That is there for
+one answer: then it is removed, and the answer evaluated again without it, so that nothing else knows of it.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import codecs
 import itertools
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ from edge_csp.chat import ChatTemplate, Message
 from edge_csp.context import CELL_PAD, Context, bytes_per_cell
 from edge_csp.cues import CueTokens, ask_cue
 from edge_csp.embeddings import EmbeddingCache
-from edge_csp.errors import ContextError, NativeError, TemplateError
+from edge_csp.errors import BudgetError, ContextError, NativeError, TemplateError
 from edge_csp.images import Picture
 from edge_csp.items import Item, PromptEnd, common_length, common_text, items_of, n_pictures, token_item
 from edge_csp.model import PicturePart, Progress, VisionModel
@@ -36,6 +39,7 @@ from edge_csp.patches import PictureMap, TurnUse, picture_maps, spans_of, turn_u
 from edge_csp.policy import Policy, make_policy
 from edge_csp.policy.base import IntArray
 from edge_csp.pruning import Layout, Positions, Pruner, Pruning
+from edge_csp.reread import LOST, Look, looks, second_reading
 from edge_csp.sampling import Sampler, Sampling
 
 PAST_TRAINED = ("continue", "stop")
@@ -63,11 +67,16 @@ class Counters:
     """Cells evicted per layer and KV head."""
     n_cue_token: int = 0
     """Tokens evaluated for cues, see Pruning.cues."""
+    n_reread: int = 0
+    """Pictures that were read again for an answer, see Pruning.reread."""
+    n_reread_cell: int = 0
+    """Cells evaluated for that: the pictures, the questions again, and then the answers again."""
     n_restart: int = 0
     """Times that everything had to be evaluated again."""
     encode_s: float = 0.0
     prefill_s: float = 0.0
     cue_s: float = 0.0
+    reread_s: float = 0.0
     evict_s: float = 0.0
     decode_s: float = 0.0
 
@@ -103,6 +112,45 @@ class _Pins:
 
     pictures: frozenset[int] = frozenset()
     spans: tuple[Positions, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What is to be read again. looks: at which pictures, most attended first."""
+
+    looks: Sequence[Look]
+    items: list[Item]
+
+    @property
+    def n_cell(self) -> int:
+        return sum(item.n_cell for item in self.items)
+
+    @property
+    def told(self) -> str:
+        was, them = ("was", "it") if len(self.looks) == 1 else ("were", "them")
+        return f"{self._pictures} {was} read again, {self.n_cell} cells: the question looks at {them}, and {self._left}"
+
+    def refused(self, error: Exception) -> str:
+        return f"{self._pictures} could not be read again, of which {self._left}: {error}"
+
+    @property
+    def _pictures(self) -> str:
+        return f"picture{'s' * (len(self.looks) > 1)} {' and '.join(str(look.number) for look in self.looks)}"
+
+    @property
+    def _left(self) -> str:
+        return f"{' and '.join(f'{look.kept:.0%}' for look in self.looks)} of the cells were left"
+
+
+@dataclass(frozen=True)
+class _Again:
+    """Cells of a second reading. n_item, n_char, n_past, n_before: items, characters, positions and cells before it."""
+
+    n_item: int
+    n_char: int
+    n_past: int
+    n_before: int
+    n_cell: int
 
 
 class Session:
@@ -151,6 +199,8 @@ class Session:
         self._turn_begin = 0  # items before the present turn
         self._pins = _Pins()
         self._cues = CueTokens(self.model, self.template)
+        self._planned: _Planned | None = None
+        self._again: _Again | None = None  # behind what _items had then; what came since is behind it
 
     @property
     def n_cell_max(self) -> int:
@@ -202,6 +252,7 @@ class Session:
 
         Raises ContextError if it does not fit, before anything has changed.
         """
+        self._take_back()
         text = self.template.render(messages, add_generation_prompt)
         items = self._plan(text, messages)
         self._check_trained(sum(item.n_pos for item in items))
@@ -231,6 +282,110 @@ class Session:
         self._tell_evictions("reading", n_eviction, n_evicted)
         self._text = text
         self._prompts = [*prompts, PromptEnd(len(items), len(text), n_pictures(items))]
+        self._planned = self._plan_again(messages) if add_generation_prompt else None
+
+    def _plan_again(self, messages: Sequence[Message]) -> _Planned | None:
+        """The pictures that the question, which has just been evaluated, looks at, if most of them is gone."""
+        least = self.pruning.reread
+        if not least or self.context.csp is None or not n_pictures(self._items):
+            return None
+        found = [look for look in looks(self.context, self._items) if look.share >= least and look.kept < LOST]
+        if not found:
+            return None
+        pictures = [part["picture"] for message in messages for part in _parts(message) if part["type"] == "image"]
+        is_new = any(part["type"] == "image" for part in _parts(messages[-1]))
+        begin = 0 if is_new else self._end_of(messages[:-1], self._items)  # the question follows the last picture
+        numbers = [look.number for look in found]
+        return _Planned(found, second_reading(self.model, self._items, pictures, numbers, begin))
+
+    @contextmanager
+    def second_reading(self) -> Iterator[None]:
+        """Read pictures again after prefill(), if that is due, for a `with` block; generate() does so itself.
+
+        The logits are then those after the question was read once more.
+        """
+        self._read_again()
+        again = self._again
+        try:
+            yield
+        finally:
+            if self._again is again:  # not gone yet
+                self._take_back()
+
+    def _read_again(self) -> None:
+        """Evaluate what was planned behind the prompt, for the answer that follows; told in any case."""
+        planned, self._planned = self._planned, None
+        if planned is None:
+            return
+        n_cell = planned.n_cell
+        try:
+            self._check_room(n_cell, sum(item.n_pos for item in planned.items))
+        except ContextError as error:
+            self._tell(planned.refused(error))
+            return
+        started = time.perf_counter()
+        before = len(self._items), len(self._text), self.context.n_past, self.context.n_cell
+        self._again = _Again(*before, n_cell)
+        try:
+            tokens: list[Item] = []
+            for item in planned.items:
+                if item.part is None:
+                    tokens.append(item)
+                    continue
+                self._decode_text(tokens)
+                tokens = []
+                self.context.decode_picture(item.part, self.model.encode(item.part))
+            self._decode_text(tokens)
+        except BaseException:
+            self._take_back()
+            raise
+        self.counters.n_reread += len(planned.looks)
+        self.counters.n_reread_cell += n_cell
+        self.counters.reread_s += time.perf_counter() - started
+        self._tell(planned.told)
+
+    def _check_room(self, n_cell: int, n_pos: int) -> None:
+        """Raises ContextError if so much does not fit behind the conversation, or could not be removed."""
+        import llama_cpp
+
+        model = self.model.handle
+        if llama_cpp.llama_model_is_recurrent(model) or llama_cpp.llama_model_is_hybrid(model):
+            raise ContextError("nothing can be taken back from the cache of this model")
+        n_free = self.n_cell_max - 1 - self.context.n_cell
+        if n_cell > n_free:
+            raise ContextError(f"that takes {n_cell} cells for a while, and there is room for {n_free}")
+        self._check_trained(self.context.n_past + n_pos)
+
+    def _decode_text(self, items: Sequence[Item]) -> None:
+        tokens = [item.key for item in items if isinstance(item.key, int)]
+        for begin in range(0, len(tokens), self.context.n_batch):
+            self.context.decode_tokens(tokens[begin : begin + self.context.n_batch])
+
+    def _take_back(self) -> None:
+        """Remove a second reading, if there is one, and evaluate the answer that followed it without it."""
+        again, self._again = self._again, None
+        if again is None or not self.context.handle:  # an answer that nobody reads ends when it is collected
+            return
+        started = time.perf_counter()
+        answer, text = self._items[again.n_item :], self._text
+        del self._items[again.n_item :]
+        self._text = text[: again.n_char]
+        if not self.context.truncate(again.n_past):
+            self._forget_cells()
+            raise ContextError("a second reading cannot be taken back from this cache: turn it off (--reread 0)")
+        self._pruner.forget()
+        most = self._pruner.n_batch
+        try:
+            for begin in range(0, len(answer), most):
+                self._make_room(len(answer[begin : begin + most]))
+                self._decode_text(answer[begin : begin + most])
+                self._items += answer[begin : begin + most]
+        except BaseException:
+            self._forget_cells()
+            raise
+        self._text = text
+        self.counters.n_reread_cell += len(answer)
+        self.counters.reread_s += time.perf_counter() - started
 
     def _check_fit(self, n_cell: int, n_new: int) -> None:
         if not self._pruner.is_bounded and n_cell >= self.context.n_ctx:  # one cell stays free for the answer
@@ -433,6 +588,11 @@ class Session:
 
         Raises BudgetError if the budget is smaller than one cell, or than the pinned cells.
         """
+        self._take_back()
+        n_again = self._planned.n_cell if self._planned else 0
+        if 0 < n_again <= self.n_cell_max // 2:
+            with suppress(BudgetError):  # pinned cells leave no room for it
+                return self._count_eviction(lambda n_token: self._pruner.prune(n_token, n_again), self.n_token)
         return self._count_eviction(self._pruner.prune, self.n_token)
 
     def select(self, n_cell: int) -> IntArray:
@@ -440,6 +600,7 @@ class Session:
 
         Raises BudgetError if the pinned cells are more.
         """
+        self._take_back()
         return self._pruner.select(n_cell)
 
     def merge(self, cells: IntArray) -> None:
@@ -473,11 +634,14 @@ class Session:
         if not self._items or self._items[-1].is_picture:
             raise TemplateError("the prompt does not end with text, so there is nothing to answer")
         prompt_tokens = [item.key for item in self._items if isinstance(item.key, int)]
+        n_eviction, n_evicted = self.counters.n_eviction, self.counters.n_evicted
         sampler = Sampler(self.sampling, self.model, prompt_tokens)
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.finish_reason = "interrupt"
-        n_eviction, n_evicted = self.counters.n_eviction, self.counters.n_evicted
+        with_pictures = ExitStack()
         try:
+            if n_predict:
+                with_pictures.enter_context(self.second_reading())
             n = 0
             while n != n_predict:
                 token = sampler.sample(self.context.handle)
@@ -488,13 +652,16 @@ class Session:
                 piece = decoder.decode(self.model.token_bytes(token))
                 if piece:
                     yield piece
+                if self._again and (self.context.n_cell >= self.n_cell_max or self._is_past_trained()):
+                    self._take_back()
                 if not self._pruner.is_bounded and self.context.n_cell >= self.context.n_ctx:
                     self.finish_reason = "full"
                     break
                 if self._is_past_trained():
                     self.finish_reason = "trained"
                     break
-                self._make_room(1)
+                if not self._again:
+                    self._make_room(1)
                 self._decode_answer(token, piece)
             else:
                 self.finish_reason = "length"
@@ -502,6 +669,7 @@ class Session:
                 yield rest
         finally:
             sampler.close()
+            with_pictures.close()
             self._tell_evictions("answering", n_eviction, n_evicted)
 
     def _is_past_trained(self) -> bool:
@@ -540,7 +708,13 @@ class Session:
         self.context.clear()
         self._items, self._text, self._prompts, self._ends, self._pins = [], "", [], {}, _Pins()
         self._turn_begin = 0
+        self._planned = self._again = None
         self._pruner.forget()
+
+    @property
+    def n_cell(self) -> int:
+        """Cells that the conversation fills now."""
+        return self.context.n_cell - (self._again.n_cell if self._again else 0)
 
     @property
     def n_token(self) -> int:
@@ -556,7 +730,7 @@ class Session:
                 spans.append((item, position))
             position += item.n_pos
         n_token = self.n_token
-        n_cell = self.context.n_cell if self.context.csp else n_token
+        n_cell = self.n_cell if self.context.csp else n_token
         if self.context.csp and n_cell:
             pos, _ = self.context.cells()
             n_row = pos.shape[0] * pos.shape[1]
@@ -600,7 +774,11 @@ class Session:
 
     def _cell_numbers(self) -> NDArray[np.int32]:
         if self.context.csp:
-            return self.context.cell_numbers()
+            numbers = self.context.cell_numbers()
+            if again := self._again:
+                after = numbers[..., again.n_before + again.n_cell :] - np.int32(again.n_cell)
+                numbers = np.concatenate([numbers[..., : again.n_before], after], axis=-1)
+            return numbers
         numbers = np.arange(self.n_token, dtype=np.int32)
         return np.broadcast_to(numbers, (self.model.info.n_layer, 1, self.n_token))
 

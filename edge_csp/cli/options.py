@@ -213,6 +213,15 @@ class PruningOptions:
     n_obs: Annotated[int, _pruning("--n-obs", metavar="N", min=1, help="Last queries, which vote.")] = 32
     n_recent: Annotated[int, _pruning("--n-recent", metavar="N", help="Last cells, which stay.")] = 32
     n_sink: Annotated[int, _pruning("--n-sink", metavar="N", help="First cells, which stay.")] = 4
+    reread: Annotated[
+        float,
+        _pruning(
+            "--reread",
+            metavar="SHARE",
+            help="Read pictures again for an answer that looks at them with at least this share of its attention, if "
+            "most of their cells are gone: 0.1, say; 0: never.",
+        ),
+    ] = 0.0
 
     def pruning(self) -> Pruning:
         from edge_csp.budget import parse_budget
@@ -228,6 +237,7 @@ class PruningOptions:
             n_recent=self.n_recent,
             n_sink=self.n_sink,
             softmax_n=self.softmax_n,
+            reread=self.reread,
         )
 
 

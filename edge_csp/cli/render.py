@@ -146,7 +146,7 @@ def notes(picture: Picture) -> None:
 
 def kept_line(session: Session) -> str:
     """How much of the conversation is in the cache now."""
-    n_cell, n_token, per_cell = session.context.n_cell, session.n_token, session.context.bytes_per_cell
+    n_cell, n_token, per_cell = session.n_cell, session.n_token, session.context.bytes_per_cell
     return (
         f"kept {n_cell} of {n_token} cells ({percent(n_cell, n_token)}), "
         f"{size(n_cell * per_cell)} of {size(n_token * per_cell)}"
@@ -212,6 +212,7 @@ def stats_rows(session: Session) -> list[tuple[str, str]]:
         ("started over", str(counters.n_restart)),
         ("pictures", f"{counters.n_encoded} encoded, {n_from_memory} from memory, {counters.n_from_disk} from disk"),
         ("cells evicted", f"{counters.n_evicted} per layer and KV head, in {counters.n_eviction} evictions"),
+        ("pictures read again", f"{counters.n_reread}, {counters.n_reread_cell} cells in {counters.reread_s:.2f} s"),
         ("encoding", f"{counters.encode_s:.2f} s"),
         ("reading", f"{counters.prefill_s:.2f} s, {speed(n_prompt, counters.prefill_s)}"),
         ("evicting", f"{1000 * counters.evict_s:.1f} ms"),
@@ -241,6 +242,7 @@ def times_dict(counters: Counters) -> dict[str, Any]:
         "prefill_s": counters.prefill_s,
         "evict_s": counters.evict_s,
         "decode_s": counters.decode_s,
+        "reread_s": counters.reread_s,
         "n_generated": counters.n_generated,
         "tokens_per_s": counters.n_generated / counters.decode_s if counters.decode_s else None,
     }

@@ -95,6 +95,7 @@ def _ask(session: Session, text: str, pictures: list[Picture], n_predict: int, *
         "cells_max": session.n_cell_max,
         "cache": cache_line(session),
         "evicted": session.counters.n_evicted,
+        "reread": session.counters.n_reread,
         "times": times_dict(session.counters),
         "model": str(session.model.info.path),
         "mmproj": str(mmproj.path) if mmproj else None,

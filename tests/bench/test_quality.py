@@ -342,6 +342,23 @@ def test_bounded_is_what_a_chat_answers(model: VisionModel, album: Album) -> Non
     assert session.counters.n_eviction > 0
 
 
+def test_reading_again(model: VisionModel, album: Album) -> None:
+    """Where it never happens all is as without; where it does, answers are nearer to those of the full cache."""
+    specs = ["random", "random:reread=1", "random:reread=0.05"]
+    found = measured(model, album, *specs, budgets=["5%"], protocols=["before", "later"])
+    found.sort(key=lambda record: (record.protocol, record.question))
+    without, never, again = ([record for record in found if record.policy == spec] for spec in specs)
+    for one, other in zip(without, never, strict=True):
+        assert (one.protocol, one.question, one.answer, one.n_cell) == (
+            other.protocol, other.question, other.answer, other.n_cell,
+        )  # fmt: skip
+        assert one.kl == pytest.approx(other.kl, abs=1e-3)
+        assert one.extra_token == other.extra_token == 0
+    assert sum(record.extra_token > 64 for record in again) > len(again) / 2
+    assert all(record.extra_token == 0 for record in again if record.protocol == "later" and record.turn == 0)
+    assert np.mean([record.kl for record in again]) < np.mean([record.kl for record in without])
+
+
 # --- fewer picture tokens ---
 
 

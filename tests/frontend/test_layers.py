@@ -22,7 +22,8 @@ MAY_IMPORT = {leaf: {"errors"} for leaf in LEAVES} | {
     "pruning": {"context", "policy", "budget", "errors"},
     "plan": {"native", "budget", "images", "metadata", "model", "context", "session", "errors"},
     "cues": {"chat", "context", "images", "model", "sampling"},
-    "session": LEAVES | {"context", "sampling", "pruning", "cues", "items", "patches", "errors"},
+    "reread": {"chat", "context", "images", "items", "model"},
+    "session": LEAVES | {"context", "sampling", "pruning", "cues", "items", "patches", "reread", "errors"},
 }
 
 

@@ -27,7 +27,7 @@ from tests.session.test_bounded import Watched
 from tests.session.test_session import GREEDY, ask, picture
 
 N_CTX = 512
-COMMON = ("ask", "ask with evictions", "too long", "undo", "clear", "other budget", "pin")
+COMMON = ("ask", "ask with evictions", "reread", "too long", "undo", "clear", "other budget", "pin")
 BUDGETS = st.none() | st.sampled_from(["20%", "60%", "100"])
 NUMBERS = st.integers(0, 1000)
 
@@ -39,10 +39,15 @@ class Conversations(RuleBasedStateMachine):
         self.context.clear()
         self.context.most = 0
 
-    @initialize(cells=st.none() | st.integers(80, N_CTX), budget=BUDGETS, has_system=st.booleans())
-    def open(self, cells: int | None, budget: str | None, has_system: bool) -> None:
-        self.cells = cells
-        pruning = Pruning(parse_budget(budget) if budget else None, cells=cells)
+    @initialize(
+        cells=st.none() | st.integers(80, N_CTX),
+        budget=BUDGETS,
+        has_system=st.booleans(),
+        reread=st.sampled_from([0, 0.02]),
+    )
+    def open(self, cells: int | None, budget: str | None, has_system: bool, reread: float) -> None:
+        self.cells, self.reread = cells, reread
+        pruning = Pruning(parse_budget(budget) if budget else None, cells=cells, reread=reread)
         system = "Be short." if has_system else None
         self.session = Session(self.context, pruning=pruning, sampling=GREEDY, system=system)
         self.is_pinned = False
@@ -74,6 +79,7 @@ class Conversations(RuleBasedStateMachine):
         assert [use.name for use in self.session.cache_use().pictures] == [
             part["picture"].name for part in self.picture_parts()
         ]
+        self.done["reread"] += self.session.counters.n_reread > 0
         self.done["ask with evictions" if self.session.counters.n_evicted else "ask"] += 1
 
     def picture_parts(self) -> list[dict[str, Any]]:
@@ -104,7 +110,7 @@ class Conversations(RuleBasedStateMachine):
     @precondition(lambda self: self.session.messages)
     @rule(budget=BUDGETS)
     def other_budget(self, budget: str | None) -> None:
-        self.session.pruning = Pruning(parse_budget(budget) if budget else None, cells=self.cells)
+        self.session.pruning = Pruning(parse_budget(budget) if budget else None, cells=self.cells, reread=self.reread)
         self.done["other budget"] += 1
 
     @precondition(lambda self: self.picture_parts())

@@ -17,10 +17,10 @@ and budgets choose from it, before any cell goes; then the cache is put back for
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from edge_csp.bench.quality import cache, downsample
+from edge_csp.bench.quality import again, cache, downsample
 from edge_csp.bench.quality.albums import Album
 from edge_csp.bench.quality.cache import State
 from edge_csp.bench.quality.reading import FULL, Asked, Pair, Reading, Record, Selection, chat_numbers, turn_messages
@@ -42,7 +42,7 @@ class Plan:
 
     specs: Sequence[Spec]
     budgets: Sequence[Budget]
-    protocols: Sequence[str]
+    protocols: Collection[str]
     n_predict: int
     wanted: Callable[[str, str, str, int], bool]
 
@@ -71,11 +71,14 @@ def _measure(context: Context, album: Album, plan: Plan) -> Iterator[Record]:
     if album.questions and set(plan.protocols) - {"bounded"}:
         reading = Reading(context, album, plan.n_predict)
         for group in groups(plan.specs):
-            yield from ask_now(reading, plan, group)
-            yield from ask_before(reading, plan, group)
+            now = replace(plan, protocols=set(plan.protocols) - {"before", "later"}) if group[0].rereads else plan
+            yield from ask_now(reading, now, group)
+            yield from ask_before(reading, now, group)
         for spec in plan.specs:
             if spec.policy is None:
                 yield from ask_downsampled(reading, plan, spec)
+            if spec.rereads:
+                yield from ask_again(reading, plan, spec)
     if album.turns and "bounded" in plan.protocols:
         yield from ask_bounded(context, album, plan)
 
@@ -154,6 +157,15 @@ def ask_before(reading: Reading, plan: Plan, group: Sequence[Spec]) -> Iterator[
             yield asked.record("before", chosen, got, seconds)
 
 
+def ask_again(reading: Reading, plan: Plan, spec: Spec) -> Iterator[Record]:
+    """`before` and `later`, where pictures are read again."""
+    for pair in plan.pairs([spec], {"before": range(len(reading.album.questions))}):
+        yield from again.ask_before(reading, pair)
+    later = [asked.number for chat in reading.chats.values() for asked in chat] if "later" in plan.protocols else []
+    for pair in plan.pairs([spec], {"later": later}):
+        yield from again.ask_later(reading, pair)
+
+
 def _keep(context: Context, cells: IntArray | None) -> float:
     """Evict all others; seconds."""
     began = time.perf_counter()
@@ -217,8 +229,9 @@ def ask_bounded(context: Context, album: Album, plan: Plan) -> Iterator[Record]:
                 if n_extra
                 else 0,
             )
-            got = cache.answer(context, cache.log_probs(context), asked.full, plan.n_predict)
-            yield asked.record("bounded", chosen, got)
+            with again.reading_again(session, chosen) as selections:
+                got = cache.answer(context, cache.log_probs(context), asked.full, plan.n_predict)
+            yield asked.record("bounded", selections[0], got)
 
 
 def _full_turns(context: Context, album: Album, n_predict: int) -> tuple[list[Asked], int]:

@@ -52,6 +52,11 @@ class Spec:
         return Pruning(policy=self.policy, cells=cells, **dict(self.overrides))
 
     @property
+    def rereads(self) -> bool:
+        """True if answers may see pictures once more."""
+        return self.policy is not None and self.pruning().reread > 0
+
+    @property
     def keeps_all(self) -> bool:
         return self.policy is not None and self.policy.n_keep(1, 2) > 1
 
