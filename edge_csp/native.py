@@ -92,10 +92,6 @@ PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "llama_csp_key_norms": (ctypes.c_int32, [_csp_p, _seq_id, *_layers, _f32_p, ctypes.c_size_t]),
     "llama_csp_get_rows": (ctypes.c_int32, [_csp_p, _seq_id, ctypes.c_int32, ctypes.c_int32, _f32_p, ctypes.c_size_t]),
     "llama_csp_set_rows": (ctypes.c_int32, [_csp_p, _seq_id, ctypes.c_int32, ctypes.c_int32, _f32_p, ctypes.c_size_t]),
-    "llama_csp_queries": (
-        ctypes.c_int32,
-        [_csp_p, _seq_id, *_layers, ctypes.c_int32, _f32_p, _i32_p, ctypes.c_size_t],
-    ),
     "llama_csp_select": (
         ctypes.c_int32,
         [_csp_p, _seq_id, *_layers, SelectParams, _f32_p, _u8_p, _i32_p, ctypes.c_size_t],
@@ -315,20 +311,6 @@ class Csp:
         rows = np.ascontiguousarray(rows, np.float32)
         args = layer, "kv".index(kind), _pointer(rows, _f32_p), rows.size
         _check(_call("llama_csp_set_rows", self._handle, seq_id, *args))
-
-    def queries(
-        self, n_obs: int, head_dim: int, *, layers: range | None = None, seq_id: int = 0
-    ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        """The last n_obs queries of the window after RoPE, oldest first, f32 [n_layer, n_obs, n_head, head_dim], and
-        the positions of their tokens, i32 [n_obs].
-        """
-        info = self.info(seq_id=seq_id)
-        layers = layers or range(info.n_layer)
-        queries = np.empty((len(layers), max(n_obs, 0), info.n_head, head_dim), np.float32)
-        pos = np.empty(max(n_obs, 0), np.int32)
-        args = layers.start, len(layers), n_obs, _pointer(queries, _f32_p), _pointer(pos, _i32_p), queries.size
-        _check(_call("llama_csp_queries", self._handle, seq_id, *args))
-        return queries, pos
 
     def select(
         self,

@@ -72,7 +72,8 @@ def rank_in_spans(rankings: Sequence[FloatArray], span: IntArray, protected: Boo
     """The rank of every cell within its span, from 0, if the rankings take turns; f32 [..., n_cell].
 
     rankings: f32 [..., n_cell], the largest first. span: i32 [..., n_cell], ascending. Protected cells come first. A
-    cell that two rankings want is taken once, and the turn goes on with the next best. Ties go to the earlier cell.
+    cell counts where it stands best; a turn whose cell is taken already passes, so that the same ranking twice is no
+    more than once. Ties go to the earlier cell.
     """
     n = len(rankings)
     rank = np.empty(span.shape, np.float32)

@@ -23,8 +23,8 @@ class QuotaPolicy(Policy):
     patches: what is left of a conversation is not decided by one question.
 
     Text keeps its longest keys: their norm tells what will be attended for before anybody asks. Pictures keep patches
-    that are spread evenly. A share of the cells goes first to what the question looks at, by the rule of CSP; if the
-    conversation ends with a picture, there is no question.
+    that are spread evenly, from the first one on. A share of the cells goes first to what the question looks at, by the
+    rule of CSP; if the conversation ends with a picture, there is no question.
 
     Own work, see docs/quality.md. Key norms: arXiv 2406.11430, where the short ones stay; `sign` turns that around.
     Places are shared out by the method of Sainte-Laguë.

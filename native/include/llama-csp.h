@@ -136,18 +136,6 @@ LLAMA_API int32_t llama_csp_set_rows(struct llama_csp * csp,
                                      const float *      rows,
                                      size_t             n_value);
 
-// The last n_obs queries of the window after RoPE, oldest first, and the positions of their tokens (NULL: not wanted).
-// Fewer queries than n_obs in the window is an error.
-//   queries: f32 [n_layer][n_obs][n_head][head_dim], n_value floats; pos: i32 [n_obs]
-LLAMA_API int32_t llama_csp_queries(struct llama_csp * csp,
-                                    llama_seq_id       seq_id,
-                                    int32_t            layer,
-                                    int32_t            n_layer,
-                                    int32_t            n_obs,
-                                    float *            queries,
-                                    int32_t *          pos,
-                                    size_t             n_value);
-
 struct llama_csp_select_params {
     int32_t k_self;   // cells taken by the votes of their own modality
     int32_t k_cross;  // cells taken by the votes of all other modalities

@@ -49,9 +49,6 @@ struct llama_csp_stream {
 
     void forget_queries(int32_t first); // of the cells from first on: these are empty, or filled anew
 
-    // The queries that vote: the last n_obs that still have a cell, newest first. Rows of the ring.
-    std::vector<int32_t> find_voters(int32_t n_obs) const;
-
     int32_t          index; // in the cache
     llama_kv_cells * cells; // upstream's
 

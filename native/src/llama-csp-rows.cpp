@@ -1,4 +1,4 @@
-// llama-csp-rows.cpp - rows of the cache and of the window as floats: for policies that look at more than scores.
+// llama-csp-rows.cpp - rows of the cache as floats: for policies that look at more than scores.
 
 #include "ggml-cpp.h"
 #include "llama-csp-impl.h"
@@ -259,50 +259,6 @@ int32_t llama_csp_set_rows(llama_csp *   csp,
         }
     } catch (const std::bad_alloc &) {
         return llama_csp_fail(LLAMA_CSP_ERR_MEMORY, "no memory to write %lld cells", (long long) r.n_cell);
-    }
-    return LLAMA_CSP_OK;
-}
-
-int32_t llama_csp_queries(llama_csp *  csp,
-                          llama_seq_id seq_id,
-                          int32_t      layer,
-                          int32_t      n_layer,
-                          int32_t      n_obs,
-                          float *      queries,
-                          int32_t *    pos,
-                          size_t       n_value) {
-    const llama_csp_stream * stream = nullptr;
-    if (const int32_t status = check(csp, seq_id, layer, n_layer, queries, &stream)) {
-        return status;
-    }
-    const auto    voters  = stream->find_voters(csp->n_window); // newest first
-    const int32_t n_voter = voters.size();
-    if (n_obs < 1 || n_obs > n_voter) {
-        return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "n_obs is %d, allowed are 1 .. %d (queries in the window)", n_obs,
-                              n_voter);
-    }
-    const size_t n_row = (size_t) csp->n_head * csp->layers[layer].head_dim_k;
-    for (int32_t i = layer; i < layer + n_layer; ++i) {
-        if (csp->layers[i].head_dim_k != csp->layers[layer].head_dim_k) {
-            return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "layers %d and %d have heads of different sizes", layer, i);
-        }
-    }
-    if (const int32_t status = check_size(n_value, (size_t) n_layer * n_obs * n_row, "n_layer*n_obs*n_head*head_dim")) {
-        return status;
-    }
-    csp->synchronize();
-    for (int32_t i = 0; i < n_layer; ++i) {
-        const ggml_tensor * ring = csp->layers[layer + i].ring;
-        for (int32_t j = 0; j < n_obs; ++j) {
-            const int32_t row = voters[n_obs - 1 - j];
-            ggml_backend_tensor_get(ring, queries + ((size_t) i * n_obs + j) * n_row,
-                                    stream->index * ring->nb[2] + row * ring->nb[1], n_row * sizeof(float));
-        }
-    }
-    if (pos != nullptr) {
-        for (int32_t j = 0; j < n_obs; ++j) {
-            pos[j] = stream->pos_at(0, stream->ring[voters[n_obs - 1 - j]].cell);
-        }
     }
     return LLAMA_CSP_OK;
 }

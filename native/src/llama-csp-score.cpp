@@ -29,6 +29,20 @@ score_way wanted_way() {
     return std::string(value) == "graph-portable" ? score_way::GRAPH_PORTABLE : score_way::GRAPH;
 }
 
+// The queries that vote: the last n_obs that still have a cell. Rows of the ring.
+std::vector<int32_t> find_voters(const llama_csp_stream & stream, int32_t n_obs) {
+    const auto &         ring = stream.ring;
+    std::vector<int32_t> rows;
+    for (size_t r = 0; r < ring.size(); ++r) {
+        if (stream.votes(ring[r])) {
+            rows.push_back(r);
+        }
+    }
+    std::sort(rows.begin(), rows.end(), [&](int32_t a, int32_t b) { return ring[a].serial > ring[b].serial; });
+    rows.resize(std::min<size_t>(rows.size(), n_obs));
+    return rows;
+}
+
 //
 // on the host
 //
@@ -249,7 +263,7 @@ int32_t llama_csp::compute_scores(const llama_csp_stream & stream,
                                   layers[i].il);
         }
     }
-    const auto voters = stream.find_voters(n_obs);
+    const auto voters = find_voters(stream, n_obs);
     if (voters.empty()) {
         return llama_csp_fail(LLAMA_CSP_ERR_STATE, "the window is empty: decode tokens first");
     }

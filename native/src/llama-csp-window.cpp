@@ -98,18 +98,6 @@ void llama_csp_stream::forget_queries(int32_t first) {
     }
 }
 
-std::vector<int32_t> llama_csp_stream::find_voters(int32_t n_obs) const {
-    std::vector<int32_t> rows;
-    for (size_t r = 0; r < ring.size(); ++r) {
-        if (votes(ring[r])) {
-            rows.push_back(r);
-        }
-    }
-    std::sort(rows.begin(), rows.end(), [&](int32_t a, int32_t b) { return ring[a].serial > ring[b].serial; });
-    rows.resize(std::min<size_t>(rows.size(), std::max(n_obs, 0)));
-    return rows;
-}
-
 void llama_csp::push_queries(llama_csp_stream & stream, int64_t n_row, int64_t * rows) {
     const auto & cells = stream.ubatch_cells;
     const auto   last  = std::max_element(cells.begin(), cells.end());

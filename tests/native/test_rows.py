@@ -1,4 +1,4 @@
-"""Rows of the cache and queries of the window as floats: against llama.cpp's state and the graph's own tensors."""
+"""Rows of the cache as floats, against the state of llama.cpp."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType, quants
 
 from edge_csp.errors import NativeError
 from edge_csp.native import Csp
-from tests.native.cache import GraphTap, read_rows
+from tests.native.cache import read_rows
 from tests.native.conftest import Open
 from tests.native.test_keep import random_cells
 from tests.oracle.numpy_llama import NumpyLlama
@@ -71,24 +71,6 @@ def test_rows(gqa: Path, device: Open, cache: str, flash_attn: bool) -> None:
         csp.close()
 
 
-def test_queries(model: Path, device: Open) -> None:
-    oracle, tap = NumpyLlama(model), GraphTap()
-    with device(model, n_ubatch=128, context_params=tap.params) as runtime:
-        csp = Csp.attach(runtime.ctx, n_window=16)
-        runtime.decode(np.random.default_rng(1).integers(0, 96, 50))
-        q = tap.queries(oracle.n_layer, oracle.n_head, oracle.head_dim).transpose(0, 2, 1, 3)
-        queries, pos = csp.queries(16, oracle.head_dim)
-        assert np.array_equal(queries, q[:, -16:])
-        assert pos.tolist() == list(range(34, 50))
-        queries, pos = csp.queries(3, oracle.head_dim, layers=range(1, 3))
-        assert np.array_equal(queries, q[1:3, -3:])
-        assert pos.tolist() == [47, 48, 49]
-        for n_obs in (17, 0):
-            with pytest.raises(NativeError, match=rf"n_obs is {n_obs}, allowed are 1 \.\. 16"):
-                csp.queries(n_obs, oracle.head_dim)
-        csp.close()
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -97,7 +79,6 @@ def test_queries(model: Path, device: Open) -> None:
         (lambda csp: csp.rows(0, "k", 31), "n_value is 2480, needed are 2560"),
         (lambda csp: csp.set_rows(0, "v", np.zeros((2, 40, 31), np.float32)), "n_value is 2480, needed are 2560"),
         (lambda csp: csp.set_rows(0, "v", np.full((2, 40, 32), np.nan, np.float32)), "not finite"),
-        (lambda csp: csp.queries(2, 31), "n_value is"),
         (lambda csp: csp.key_norms(seq_id=1), "seq_id is 1"),
     ],
 )
