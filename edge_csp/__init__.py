@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from edge_csp.errors import EdgeCspError
     from edge_csp.images import Picture, load_picture
     from edge_csp.model import VisionModel
+    from edge_csp.opening import open_session
     from edge_csp.policy import Observation, Policy, make_policy
     from edge_csp.pruning import Pruning
     from edge_csp.sampling import Sampling
-    from edge_csp.session import Session, open_session
+    from edge_csp.session import Session
 
 __all__ = [
     "Budget",
@@ -51,10 +52,11 @@ _MODULES = {
     "edge_csp.errors": ("EdgeCspError",),
     "edge_csp.images": ("Picture", "load_picture"),
     "edge_csp.model": ("VisionModel",),
+    "edge_csp.opening": ("open_session",),
     "edge_csp.policy": ("Observation", "Policy", "make_policy"),
     "edge_csp.pruning": ("Pruning",),
     "edge_csp.sampling": ("Sampling",),
-    "edge_csp.session": ("Session", "open_session"),
+    "edge_csp.session": ("Session",),
 }
 
 

@@ -39,6 +39,8 @@ _BYTES = {"b": 1} | {
     for suffix, base in (("b", 1000), ("ib", 1024))
 }
 _CELLS = {"c", "cell", "cells"}
+MIN_CELLS = 16
+"""Cells of the smallest bounded cache."""
 _EXAMPLES = "write 20%, 0.2, 512 (cells) or 64MiB"
 _MAX_TEXT = 32  # longer texts are no budget, and huge numbers are slow to read
 

@@ -310,3 +310,14 @@ def _to_json(value: object, **options: Any) -> str:
 
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def message_parts(message: Message) -> Sequence[dict[str, Any]]:
+    """Parts of a message; none where its content is text."""
+    content: str | Sequence[dict[str, Any]] = message["content"]
+    return () if isinstance(content, str) else content
+
+
+def message_pictures(messages: Sequence[Message]) -> list[Picture]:
+    """The pictures of messages, in their order."""
+    return [part["picture"] for message in messages for part in message_parts(message) if part["type"] == "image"]

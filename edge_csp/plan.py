@@ -22,13 +22,12 @@ from typing import Any
 from PIL import Image
 
 from edge_csp import native
-from edge_csp.budget import Budget
+from edge_csp.budget import MIN_CELLS, Budget
 from edge_csp.context import CELL_PAD, OBSERVED_CELLS, Context
 from edge_csp.errors import ContextError, ImageError, ModelError, NativeError
 from edge_csp.images import MAX_SIDE, load_picture
 from edge_csp.metadata import tensor_spans
 from edge_csp.model import EMBEDDING_CACHE_BYTES, PicturePart, VisionModel
-from edge_csp.session import MIN_CELLS
 
 TEXT_TOKENS, TEXT_TOKENS_PER_PICTURE = 512, 16
 """Text that is assumed: questions, answers and template, and the words that come with every picture."""

@@ -83,3 +83,42 @@ def _header(model: VisionModel, items: Sequence[Item]) -> Sequence[Item]:
 
 def _ends(model: VisionModel, token: int, bos: int) -> bool:
     return token == bos or model.is_end(token)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is to be read again. looks: at which pictures, most attended first."""
+
+    looks: Sequence[Look]
+    items: list[Item]
+
+    @property
+    def n_cell(self) -> int:
+        return sum(item.n_cell for item in self.items)
+
+    @property
+    def told(self) -> str:
+        was, them = ("was", "it") if len(self.looks) == 1 else ("were", "them")
+        return f"{self._pictures} {was} read again, {self.n_cell} cells: the question looks at {them}, and {self._left}"
+
+    def refused(self, error: Exception) -> str:
+        return f"{self._pictures} could not be read again, of which {self._left}: {error}"
+
+    @property
+    def _pictures(self) -> str:
+        return f"picture{'s' * (len(self.looks) > 1)} {' and '.join(str(look.number) for look in self.looks)}"
+
+    @property
+    def _left(self) -> str:
+        return f"{' and '.join(f'{look.kept:.0%}' for look in self.looks)} of the cells were left"
+
+
+@dataclass(frozen=True)
+class SecondReading:
+    """Cells of a second reading. n_item, n_char, n_past, n_before: items, characters, positions and cells before it."""
+
+    n_item: int
+    n_char: int
+    n_past: int
+    n_before: int
+    n_cell: int

@@ -20,90 +20,26 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_csp.budget import Budget, parse_budget
-from edge_csp.chat import ChatTemplate, Message
-from edge_csp.context import CELL_PAD, Context, bytes_per_cell
+from edge_csp.chat import ChatTemplate, Message, message_parts, message_pictures
+from edge_csp.context import Context
 from edge_csp.cues import CueTokens, ask_cue
-from edge_csp.embeddings import EmbeddingCache
 from edge_csp.errors import BudgetError, ContextError, NativeError, TemplateError
 from edge_csp.images import Picture
 from edge_csp.items import Item, PromptEnd, common_length, common_text, items_of, n_pictures, token_item
-from edge_csp.model import PicturePart, Progress, VisionModel
+from edge_csp.model import PicturePart, Progress
 from edge_csp.patches import PictureMap, TurnUse, picture_maps, spans_of, turn_uses
-from edge_csp.policy import Policy, make_policy
 from edge_csp.policy.base import IntArray
 from edge_csp.pruning import Layout, Positions, Pruner, Pruning
-from edge_csp.reread import LOST, Look, looks, second_reading
+from edge_csp.reread import LOST, Planned, SecondReading, looks, second_reading
 from edge_csp.sampling import Sampler, Sampling
+from edge_csp.usage import CacheUse, Counters, PictureUse
 
 PAST_TRAINED = ("continue", "stop")
-MIN_CELLS = 16
-"""Cells of the smallest bounded cache."""
-
-
-@dataclass
-class Counters:
-    """What a session has done so far. Times in seconds."""
-
-    n_turn: int = 0
-    n_text_cell: int = 0
-    """Text tokens evaluated, prompts and answers."""
-    n_picture_cell: int = 0
-    n_picture: int = 0
-    """Picture parts evaluated."""
-    n_encoded: int = 0
-    """Picture parts that went through the encoder; the others came from memory or from disk."""
-    n_from_disk: int = 0
-    """Picture parts whose embeddings came from disk."""
-    n_generated: int = 0
-    n_eviction: int = 0
-    n_evicted: int = 0
-    """Cells evicted per layer and KV head."""
-    n_cue_token: int = 0
-    """Tokens evaluated for cues, see Pruning.cues."""
-    n_reread: int = 0
-    """Pictures that were read again for an answer, see Pruning.reread."""
-    n_reread_cell: int = 0
-    """Cells evaluated for that: the pictures, the questions again, and then the answers again."""
-    n_restart: int = 0
-    """Times that everything had to be evaluated again."""
-    encode_s: float = 0.0
-    prefill_s: float = 0.0
-    cue_s: float = 0.0
-    reread_s: float = 0.0
-    evict_s: float = 0.0
-    decode_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class PictureUse:
-    """A picture in the conversation. n_cell: cells it filled. kept: cells left, mean over layers and KV heads."""
-
-    name: str
-    n_cell: int
-    kept: float
-    pinned: bool = False
-
-
-@dataclass(frozen=True)
-class CacheUse:
-    """What is in the cache now. Cells of text and pictures add up to n_cell.
-
-    n_token: cells that the whole conversation would fill. text_kept: mean over layers and KV heads.
-    """
-
-    n_token: int
-    n_cell: int
-    bytes_per_cell: int
-    n_text: int
-    text_kept: float
-    pictures: tuple[PictureUse, ...]
 
 
 @dataclass(frozen=True)
@@ -112,45 +48,6 @@ class _Pins:
 
     pictures: frozenset[int] = frozenset()
     spans: tuple[Positions, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """What is to be read again. looks: at which pictures, most attended first."""
-
-    looks: Sequence[Look]
-    items: list[Item]
-
-    @property
-    def n_cell(self) -> int:
-        return sum(item.n_cell for item in self.items)
-
-    @property
-    def told(self) -> str:
-        was, them = ("was", "it") if len(self.looks) == 1 else ("were", "them")
-        return f"{self._pictures} {was} read again, {self.n_cell} cells: the question looks at {them}, and {self._left}"
-
-    def refused(self, error: Exception) -> str:
-        return f"{self._pictures} could not be read again, of which {self._left}: {error}"
-
-    @property
-    def _pictures(self) -> str:
-        return f"picture{'s' * (len(self.looks) > 1)} {' and '.join(str(look.number) for look in self.looks)}"
-
-    @property
-    def _left(self) -> str:
-        return f"{' and '.join(f'{look.kept:.0%}' for look in self.looks)} of the cells were left"
-
-
-@dataclass(frozen=True)
-class _Again:
-    """Cells of a second reading. n_item, n_char, n_past, n_before: items, characters, positions and cells before it."""
-
-    n_item: int
-    n_char: int
-    n_past: int
-    n_before: int
-    n_cell: int
 
 
 class Session:
@@ -199,8 +96,8 @@ class Session:
         self._turn_begin = 0  # items before the present turn
         self._pins = _Pins()
         self._cues = CueTokens(self.model, self.template)
-        self._planned: _Planned | None = None
-        self._again: _Again | None = None  # behind what _items had then; what came since is behind it
+        self._planned: Planned | None = None
+        self._again: SecondReading | None = None  # behind what _items had then; what came since is behind it
 
     @property
     def n_cell_max(self) -> int:
@@ -284,7 +181,7 @@ class Session:
         self._prompts = [*prompts, PromptEnd(len(items), len(text), n_pictures(items))]
         self._planned = self._plan_again(messages) if add_generation_prompt else None
 
-    def _plan_again(self, messages: Sequence[Message]) -> _Planned | None:
+    def _plan_again(self, messages: Sequence[Message]) -> Planned | None:
         """The pictures that the question, which has just been evaluated, looks at, if most of them is gone."""
         least = self.pruning.reread
         if not least or self.context.csp is None or not n_pictures(self._items):
@@ -292,11 +189,13 @@ class Session:
         found = [look for look in looks(self.context, self._items) if look.share >= least and look.kept < LOST]
         if not found:
             return None
-        pictures = [part["picture"] for message in messages for part in _parts(message) if part["type"] == "image"]
-        is_new = any(part["type"] == "image" for part in _parts(messages[-1]))
+        pictures = [
+            part["picture"] for message in messages for part in message_parts(message) if part["type"] == "image"
+        ]
+        is_new = any(part["type"] == "image" for part in message_parts(messages[-1]))
         begin = 0 if is_new else self._end_of(messages[:-1], self._items)  # the question follows the last picture
         numbers = [look.number for look in found]
-        return _Planned(found, second_reading(self.model, self._items, pictures, numbers, begin))
+        return Planned(found, second_reading(self.model, self._items, pictures, numbers, begin))
 
     @contextmanager
     def second_reading(self) -> Iterator[None]:
@@ -325,7 +224,7 @@ class Session:
             return
         started = time.perf_counter()
         before = len(self._items), len(self._text), self.context.n_past, self.context.n_cell
-        self._again = _Again(*before, n_cell)
+        self._again = SecondReading(*before, n_cell)
         try:
             tokens: list[Item] = []
             for item in planned.items:
@@ -428,7 +327,7 @@ class Session:
         """
         n = 0
         for i, message in enumerate(self.messages):
-            for j, part in enumerate(_parts(message)):
+            for j, part in enumerate(message_parts(message)):
                 n += part["type"] == "image"
                 if n == number and part["type"] == "image":
                     content = list(message["content"])
@@ -458,7 +357,7 @@ class Session:
         pictures: set[int] = set()
         n_picture = 0
         for message in messages:
-            for part in _parts(message):
+            for part in message_parts(message):
                 if part["type"] == "image":
                     n_picture += 1
                     if part.get("pinned"):
@@ -489,7 +388,9 @@ class Session:
         Text from an evaluated answer is not tokenised again, if that would change tokens before the answer: the model
         may have chosen others than the tokenizer, and cells that were pruned can only be kept as they are.
         """
-        pictures = [part["picture"] for message in messages for part in _parts(message) if part["type"] == "image"]
+        pictures = [
+            part["picture"] for message in messages for part in message_parts(message) if part["type"] == "image"
+        ]
         known = [item.key[0] for item in self._items if isinstance(item.key, tuple) and item.key[1] == 0]
         n_char = common_text(self._text, text)
         n_picture = common_length(known, [picture.sha256 for picture in pictures])
@@ -763,8 +664,7 @@ class Session:
 
     def pictures(self) -> list[Picture]:
         """The pictures of all messages."""
-        parts = [part for message in self.messages for part in _parts(message)]
-        return [part["picture"] for part in parts if part["type"] == "image"]
+        return message_pictures(self.messages)
 
     def kept_turns(self) -> list[TurnUse]:
         """Cells of the text of every turn, with its answer, and how many are left."""
@@ -781,99 +681,3 @@ class Session:
             return numbers
         numbers = np.arange(self.n_token, dtype=np.int32)
         return np.broadcast_to(numbers, (self.model.info.n_layer, 1, self.n_token))
-
-
-@contextmanager
-def open_session(
-    model: str | Path,
-    mmproj: str | Path | None = None,
-    *,
-    budget: str | Budget | None = None,
-    policy: str | Policy = "quota",
-    cells: str | Budget | None = None,
-    cells_of: Sequence[Message] = (),
-    pruning: Pruning | None = None,
-    sampling: Sampling | None = None,
-    system: str | None = None,
-    past_trained: str = "continue",
-    n_gpu_layers: int = -1,
-    n_threads: int | None = None,
-    use_mmap: bool = True,
-    rpc: Sequence[str] = (),
-    embedding_cache: EmbeddingCache | None = None,
-    on_progress: Progress | None = None,
-    on_notice: Callable[[str], None] | None = None,
-    **context: Any,
-) -> Iterator[Session]:
-    """Open a model and a conversation with it; both are closed at the end of the `with` block.
-
-    model, mmproj: GGUF files, see VisionModel. budget: "20%", 512 cells as "512", "64MiB", or None to keep everything.
-    policy: a Policy, or a name as for make_policy(). cells: the cache is bounded to so many cells or bytes, or to a
-    share of the prompt `cells_of`, and holds any conversation. pruning: all other pruning settings at once, instead of
-    budget and policy.
-    context: further settings of Context (n_ctx, n_batch, type_k, type_v, flash_attn …).
-
-    Raises EdgeCspError with one line that tells what is wrong with the files or the settings.
-    """
-    if pruning is None:
-        pruning = Pruning(
-            parse_budget(budget) if isinstance(budget, str) else budget,
-            make_policy(policy) if isinstance(policy, str) else policy,
-        )
-    with ExitStack() as stack:
-        opened = stack.enter_context(
-            VisionModel(
-                model,
-                mmproj,
-                n_gpu_layers=n_gpu_layers,
-                n_threads=n_threads,
-                use_mmap=use_mmap,
-                rpc=rpc,
-                embedding_cache=embedding_cache,
-                on_progress=on_progress,
-            )
-        )
-        if cells is not None:
-            bound = parse_budget(cells) if isinstance(cells, str) else cells
-            n_cell = bounded_cells(bound, opened, cells_of, **context)
-            pruning, context["n_ctx"] = replace(pruning, cells=n_cell), n_cell
-        session = Session(
-            stack.enter_context(Context(opened, n_window=pruning.n_obs, **context)),
-            pruning=pruning,
-            sampling=sampling,
-            system=system,
-            past_trained=past_trained,
-            on_progress=on_progress,
-            on_notice=on_notice,
-        )
-        yield session
-
-
-def bounded_cells(bound: Budget, model: VisionModel, prompt: Sequence[Message], **context: Any) -> int:
-    """Cells of a cache that is bounded to cells, bytes or a share of a prompt.
-
-    Raises ContextError for a share of nothing, and below MIN_CELLS.
-    """
-    n_prompt = 0
-    if bound.kind == "ratio":
-        if not prompt:
-            raise ContextError(
-                f"a cache of {bound} has no prompt yet to be a share of: give cells (512) or bytes (64MiB)"
-            )
-        info = model.info
-        text = ChatTemplate(info.chat_template, info.bos_token, info.eos_token).render(prompt)
-        pictures = [part["picture"] for message in prompt for part in _parts(message) if part["type"] == "image"]
-        n_prompt = sum(item.n_cell for item in items_of(model.tokenize(text, pictures)))
-    types = {name: context[name] for name in ("type_k", "type_v") if name in context}
-    n_cell = bound.cells(n_prompt if bound.kind == "ratio" else 2**31 - 1, bytes_per_cell(model.info, **types))
-    if bound.kind == "bytes":
-        n_cell -= n_cell % CELL_PAD
-    if n_cell < MIN_CELLS:
-        raise ContextError(f"a cache of {bound} has {n_cell} cells: it takes at least {MIN_CELLS}")
-    return n_cell
-
-
-def _parts(message: Message) -> Sequence[dict[str, Any]]:
-    """Parts of a message; none where its content is text."""
-    content: str | Sequence[dict[str, Any]] = message["content"]
-    return () if isinstance(content, str) else content

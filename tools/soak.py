@@ -25,7 +25,7 @@ from pathlib import Path
 from edge_csp import Context, Picture, Pruning, Sampling, Session, VisionModel, load_picture, open_session
 from edge_csp.chat import PictureReader, read_messages
 from edge_csp.cli.options import DEMO, demo_files
-from edge_csp.session import Counters
+from edge_csp.usage import Counters
 
 GREEDY = Sampling(temperature=0)
 NAMES = ("Max", "Ida", "Jon", "Lou", "Meg", "Ray", "Eve", "Pam", "Bob", "Kim", "Ann", "Zed")

@@ -79,8 +79,9 @@ def measure_picture_turns(
     from PIL import Image
 
     from edge_csp.images import Picture, load_picture
+    from edge_csp.opening import open_session
     from edge_csp.sampling import Sampling
-    from edge_csp.session import Session, open_session
+    from edge_csp.session import Session
 
     def pictures(side: int) -> list[Picture]:
         random = np.random.default_rng(list(os.urandom(16)))

@@ -291,7 +291,7 @@ class Chat:
         print("took back the last message and its answer")
 
     def clear(self, _argument: str) -> None:
-        from edge_csp.session import Counters
+        from edge_csp.usage import Counters
 
         self.session.clear()
         self.session.counters = Counters()

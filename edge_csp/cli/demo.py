@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from edge_csp.chat import Message
     from edge_csp.context import Context
     from edge_csp.pruning import Pruning
-    from edge_csp.session import CacheUse, Counters
+    from edge_csp.usage import CacheUse, Counters
 
 PRUNING = PruningOptions(budget="20%")
 N_PREDICT = 64
@@ -75,7 +75,7 @@ def command(
     from edge_csp.cli.render import Bars
     from edge_csp.context import Context
     from edge_csp.model import VisionModel
-    from edge_csp.session import bounded_cells
+    from edge_csp.opening import bounded_cells
 
     files = demo_files()
     album = read_album(options.DEMO / "album")

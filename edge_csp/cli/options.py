@@ -364,7 +364,7 @@ def opened(
 ) -> Iterator[Session]:
     """A session with these options. on_notice: told its notices; default: they go to stderr."""
     from edge_csp.cli.render import say
-    from edge_csp.session import open_session
+    from edge_csp.opening import open_session
 
     prunes = pruning.policy != "full" or context.attn_softmax_n != 0
     settings: dict[str, Any] = {"pruning": pruning.pruning(), "sampling": sampling.sampling(), "cells": pruning.cells}

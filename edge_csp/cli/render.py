@@ -18,7 +18,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from edge_csp.images import Picture
     from edge_csp.patches import TurnUse
-    from edge_csp.session import CacheUse, Counters, Session
+    from edge_csp.session import Session
+    from edge_csp.usage import CacheUse, Counters
 
 _WORDS = {
     "load": "loading the model",

@@ -1,4 +1,4 @@
-"""Imports go one way: cli, server -> plan -> session -> pruning -> context, sampling -> leaves -> errors.
+"""Imports go one way: cli, server -> plan, opening -> session -> pruning -> context, sampling -> leaves -> errors.
 
 Leaves do not import each other, but for the model, which is made of files and pictures, and
 chat, whose messages hold pictures.
@@ -23,7 +23,9 @@ MAY_IMPORT = {leaf: {"errors"} for leaf in LEAVES} | {
     "plan": {"native", "budget", "images", "metadata", "model", "context", "session", "errors"},
     "cues": {"chat", "context", "images", "model", "sampling"},
     "reread": {"chat", "context", "images", "items", "model"},
-    "session": LEAVES | {"context", "sampling", "pruning", "cues", "items", "patches", "reread", "errors"},
+    "session": LEAVES | {"context", "sampling", "pruning", "cues", "items", "patches", "reread", "usage", "errors"},
+    "usage": set(),
+    "opening": LEAVES | {"context", "sampling", "pruning", "items", "session", "errors"},
 }
 
 

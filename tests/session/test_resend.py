@@ -14,7 +14,7 @@ from PIL import Image
 
 from edge_csp import Context, Pruning, Sampling, Session, VisionModel, parse_budget
 from edge_csp.chat import ChatTemplate, PictureReader, read_messages
-from edge_csp.session import Counters
+from edge_csp.usage import Counters
 
 ALBUM = Path(__file__).parents[2] / "edge_csp" / "demo" / "album"
 QUESTION, SECOND, THIRD = "Describe picture 2.", "What colour is picture 7?", "Which shape is in picture 5?"

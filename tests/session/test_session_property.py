@@ -43,7 +43,7 @@ class Conversations(RuleBasedStateMachine):
         cells=st.none() | st.integers(80, N_CTX),
         budget=BUDGETS,
         has_system=st.booleans(),
-        reread=st.sampled_from([0, 0.02]),
+        reread=st.sampled_from([0, 1e-4]),
     )
     def open(self, cells: int | None, budget: str | None, has_system: bool, reread: float) -> None:
         self.cells, self.reread = cells, reread

@@ -25,11 +25,11 @@ from edge_csp.bench.quality.albums import Album
 from edge_csp.bench.quality.cache import State
 from edge_csp.bench.quality.reading import FULL, Asked, Pair, Reading, Record, Selection, chat_numbers, turn_messages
 from edge_csp.bench.quality.specs import Spec, groups
-from edge_csp.budget import Budget
+from edge_csp.budget import MIN_CELLS, Budget
 from edge_csp.context import Context
 from edge_csp.errors import BenchError
 from edge_csp.policy.base import IntArray
-from edge_csp.session import MIN_CELLS, Session
+from edge_csp.session import Session
 
 PROTOCOLS = ("window", "first", "before", "later", "bounded")
 
