@@ -27,7 +27,7 @@ from tests.session.test_bounded import Watched
 from tests.session.test_session import GREEDY, ask, picture
 
 N_CTX = 512
-COMMON = ("ask", "ask with evictions", "reread", "too long", "undo", "clear", "other budget", "pin")
+COMMON = ("ask", "ask with evictions", "too long", "undo", "clear", "other budget", "pin")
 BUDGETS = st.none() | st.sampled_from(["20%", "60%", "100"])
 NUMBERS = st.integers(0, 1000)
 
