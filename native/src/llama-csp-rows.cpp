@@ -153,12 +153,24 @@ int32_t check_size(size_t n_value, size_t n_needed, const char * shape) {
     return LLAMA_CSP_OK;
 }
 
-int32_t check_kind(int32_t kind) {
+// K or V of one layer, if all arguments are in range.
+int32_t find_rows(const llama_csp * csp,
+                  llama_seq_id      seq_id,
+                  int32_t           layer,
+                  int32_t           kind,
+                  const void *      values,
+                  size_t            n_value,
+                  cell_rows *       r) {
+    const llama_csp_stream * stream = nullptr;
+    if (const int32_t status = check(csp, seq_id, layer, 1, values, &stream)) {
+        return status;
+    }
     if (kind != LLAMA_CSP_ROWS_K && kind != LLAMA_CSP_ROWS_V) {
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "kind is %d, allowed are %d (K) and %d (V)", kind,
                               LLAMA_CSP_ROWS_K, LLAMA_CSP_ROWS_V);
     }
-    return LLAMA_CSP_OK;
+    *r = rows_of(*csp, *stream, layer, kind == LLAMA_CSP_ROWS_V);
+    return check_size(n_value, r->n_head * r->n_cell * r->head_dim, "n_head_kv*n_cell*head_dim");
 }
 
 } // namespace
@@ -196,15 +208,8 @@ int32_t llama_csp_key_norms(llama_csp *  csp,
 
 int32_t
 llama_csp_get_rows(llama_csp * csp, llama_seq_id seq_id, int32_t layer, int32_t kind, float * rows, size_t n_value) {
-    const llama_csp_stream * stream = nullptr;
-    if (const int32_t status = check(csp, seq_id, layer, 1, rows, &stream)) {
-        return status;
-    }
-    if (const int32_t status = check_kind(kind)) {
-        return status;
-    }
-    const cell_rows r = rows_of(*csp, *stream, layer, kind == LLAMA_CSP_ROWS_V);
-    if (const int32_t status = check_size(n_value, r.n_head * r.n_cell * r.head_dim, "n_head_kv*n_cell*head_dim")) {
+    cell_rows r = {};
+    if (const int32_t status = find_rows(csp, seq_id, layer, kind, rows, n_value, &r)) {
         return status;
     }
     try {
@@ -229,15 +234,8 @@ int32_t llama_csp_set_rows(llama_csp *   csp,
                            int32_t       kind,
                            const float * rows,
                            size_t        n_value) {
-    const llama_csp_stream * stream = nullptr;
-    if (const int32_t status = check(csp, seq_id, layer, 1, rows, &stream)) {
-        return status;
-    }
-    if (const int32_t status = check_kind(kind)) {
-        return status;
-    }
-    const cell_rows r = rows_of(*csp, *stream, layer, kind == LLAMA_CSP_ROWS_V);
-    if (const int32_t status = check_size(n_value, r.n_head * r.n_cell * r.head_dim, "n_head_kv*n_cell*head_dim")) {
+    cell_rows r = {};
+    if (const int32_t status = find_rows(csp, seq_id, layer, kind, rows, n_value, &r)) {
         return status;
     }
     if (!std::all_of(rows, rows + n_value, [](float x) { return std::isfinite(x); })) {
