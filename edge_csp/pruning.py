@@ -155,7 +155,6 @@ class Pruner:
         """
         if self.context.csp is None:
             return 0
-        self.note_mass()
         budget, n_cell, target = self.pruning.budget, self.context.n_cell, self.context.n_cell
         if budget is not None:
             target = budget.cells(n_token, self.context.bytes_per_cell)
@@ -201,8 +200,9 @@ class Pruner:
         """Let the policy merge what goes into what stays, layer by layer; nothing happens if it does not do that."""
         if not self.pruning.policy.merges:
             return
+        layout = self._layout()
         for layer, kept in enumerate(cells):
-            observation = self._observe(range(layer, layer + 1), self._layout())
+            observation = self._observe(range(layer, layer + 1), layout)
             rows = self.context.rows(layer, "k"), self.context.rows(layer, "v")
             for kind, merged in zip("kv", self.pruning.policy.merge_rows(observation, *rows, kept), strict=True):
                 self.context.set_rows(layer, kind, merged)

@@ -73,7 +73,7 @@ def test_pictures_keep_equal_shares_and_text_more() -> None:
     policy = QuotaPolicy(text_weight=4, question_share=0)
     kept = kept_of(observation, policy.select(observation, 60, protected_of(observation)))
     assert (np.abs(kept[..., [1, 3]] - 60 * 64 / (2 * 64 + 3 * 16 * 4)) <= 1).all()
-    assert (np.abs(kept[..., [0, 2, 4]] - 60 * 64 / (2 * 64 + 3 * 16 * 4) / 1) <= 1).all()
+    assert (np.abs(kept[..., [0, 2, 4]] - 60 * 64 / (2 * 64 + 3 * 16 * 4)) <= 1).all()
     equal = QuotaPolicy(text_weight=1, question_share=0)
     kept = kept_of(observation, equal.select(observation, 44, protected_of(observation)))
     assert (np.abs(kept - [4, 16, 4, 16, 4]) <= 1).all()
