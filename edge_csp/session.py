@@ -32,7 +32,7 @@ from edge_csp.errors import BudgetError, ContextError, NativeError, TemplateErro
 from edge_csp.images import Picture
 from edge_csp.items import Item, PromptEnd, common_length, common_text, items_of, n_pictures, token_item
 from edge_csp.model import PicturePart, Progress
-from edge_csp.patches import PictureMap, TurnUse, picture_maps, spans_of, turn_uses
+from edge_csp.patches import PictureMap, TurnUse, contrast, picture_maps, spans_of, turn_uses
 from edge_csp.policy.base import IntArray
 from edge_csp.pruning import Layout, Positions, Pruner, Pruning
 from edge_csp.reread import LOST, Planned, SecondReading, looks, second_reading
@@ -417,32 +417,30 @@ class Session:
         while i < len(items):
             part = items[i].part
             if part is not None:
-                n_batch, self._reading = 1, [items[i]]
-                try:
-                    self._evaluate_picture(part)
-                finally:
-                    self._reading = []
+                evaluated = [self._evaluate_picture(items[i], part)]
             else:
-                n_batch, most = 0, self._pruner.n_batch
-                while n_batch < most and i + n_batch < len(items) and not items[i + n_batch].is_picture:
-                    n_batch += 1
-                self._make_room(n_batch)
+                text = itertools.takewhile(lambda item: not item.is_picture, items[i : i + self._pruner.n_batch])
+                evaluated = list(text)
+                self._make_room(len(evaluated))
                 started = time.perf_counter()
-                self.context.decode_tokens([item.key for item in items[i : i + n_batch] if isinstance(item.key, int)])
+                self.context.decode_tokens([item.key for item in evaluated if isinstance(item.key, int)])
                 self.counters.prefill_s += time.perf_counter() - started
-                self.counters.n_text_cell += n_batch
-            self._items.extend([replace(items[i], part=None)] if part else items[i : i + n_batch])
-            n_done += sum(item.n_cell for item in items[i : i + n_batch])
-            i += n_batch
+                self.counters.n_text_cell += len(evaluated)
+            self._items.extend(evaluated)
+            n_done += sum(item.n_cell for item in evaluated)
+            i += len(evaluated)
             if part is not None and (i == len(items) or items[i].is_new_picture or not items[i].is_picture):
                 self._run_cues(n_pictures(self._items))
             self._report("prefill", n_done / n_all)
 
-    def _evaluate_picture(self, part: PicturePart) -> None:
+    def _evaluate_picture(self, item: Item, part: PicturePart) -> Item:
+        """The item without its pixels."""
         started = time.perf_counter()
         n_encoded, n_from_disk, evict_s = self.model.n_encoded, self.model.n_from_disk, self.counters.evict_s
         self._report("encode", 0.0)
         embeddings = self.model.encode(part)
+        item = replace(item, part=None, contrast=contrast(embeddings))
+        self._reading = [item]
         encoded = time.perf_counter()
         n_past = self.context.n_past
         try:
@@ -451,12 +449,15 @@ class Session:
             if self.context.n_past != n_past:  # evicted in the midst of the picture: there is no way back
                 self._forget_cells()
             raise
+        finally:
+            self._reading = []
         self.counters.encode_s += encoded - started
         self.counters.prefill_s += time.perf_counter() - encoded - (self.counters.evict_s - evict_s)
         self.counters.n_encoded += self.model.n_encoded - n_encoded
         self.counters.n_from_disk += self.model.n_from_disk - n_from_disk
         self.counters.n_picture += 1
         self.counters.n_picture_cell += part.n_cell
+        return item
 
     def _run_cues(self, number: int) -> None:
         """Ask the cues about a picture that has just been evaluated, note what they look at, and take them back."""

@@ -17,7 +17,7 @@ from edge_csp.model import VisionModel
 from edge_csp.policy import Observation, Span
 from edge_csp.pruning import Layout, Pruner, Pruning
 
-PICTURE = Span(576, is_picture=True, columns=24)
+PICTURE = Span(576, is_picture=True, columns=24, contrast=np.linspace(0, 2, 576, dtype=np.float32))
 TEXT = Span(32)
 
 

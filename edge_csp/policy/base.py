@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,12 +30,20 @@ class Span:
     """A part of a picture, or a run of text between pictures.
 
     n_cell: cells that it filled. columns: of the grid on which the patches of a picture lie, row by row; 0 where that
-    is not known.
+    is not known. contrast: how much every patch differs from the rest of the picture, see patches.contrast(), f32
+    [n_cell], 1 on average; None where that is not known.
+
+    Raises PolicyError if the contrast is not that of so many cells.
     """
 
     n_cell: int
     is_picture: bool = False
     columns: int = 0
+    contrast: FloatArray | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.contrast is not None and self.contrast.shape != (self.n_cell,):
+            raise PolicyError(f"contrast has the shape {self.contrast.shape}, the span has {self.n_cell} cells")
 
 
 class Observation:

@@ -23,8 +23,9 @@ class QuotaPolicy(Policy):
     patches: what is left of a conversation is not decided by one question.
 
     Text keeps its longest keys: their norm tells what will be attended for before anybody asks. Pictures keep patches
-    that are spread evenly, from the first one on. A share of the cells goes first to what the question looks at, by the
-    rule of CSP; if the conversation ends with a picture, there is no question.
+    that are spread, from the first one on, the more densely the more there is to see: embeddings of blank patches are
+    all alike. A share of the cells goes first to what the question looks at, by the rule of CSP; if the conversation
+    ends with a picture, there is no question.
 
     Own work, see docs/quality.md. Key norms: arXiv 2406.11430, where the short ones stay; `sign` turns that around.
     Places are shared out by the method of Sainte-Laguë.
@@ -33,6 +34,8 @@ class QuotaPolicy(Policy):
     question_share: of the cells that are not protected, 0 .. 1
     cross_ratio:    share of these cells that the ranking by other modalities gets, 0 .. 1, see CspPolicy
     sign:           1 keeps long keys, -1 short ones
+    evenness:       share of the patches that do not follow the contrast, more than 0; 1 spreads all evenly
+    sharpness:      power of the contrast that they follow, more than 0
     """
 
     name: ClassVar[str] = "quota"
@@ -42,6 +45,8 @@ class QuotaPolicy(Policy):
     question_share: float = 0.1
     cross_ratio: float = 0.5
     sign: int = 1
+    evenness: float = 0.1
+    sharpness: float = 2.0
 
     def __post_init__(self) -> None:
         if not self.text_weight > 0:
@@ -51,6 +56,10 @@ class QuotaPolicy(Policy):
         CspPolicy(self.cross_ratio)
         if self.sign not in (1, -1):
             raise PolicyError(f"sign is {self.sign}; it must be 1 or -1")
+        if not 0 < self.evenness <= 1:
+            raise PolicyError(f"evenness is {self.evenness}; it must be more than 0, and at most 1")
+        if not 0 < self.sharpness < math.inf:
+            raise PolicyError(f"sharpness is {self.sharpness}; it must be more than 0, and finite")
 
     def pick(self, observation: Observation, n_keep: int, protected: BoolArray) -> BoolArray:
         spans, span = observation.spans, observation.span
@@ -77,7 +86,7 @@ class QuotaPolicy(Policy):
 
         is_picture: bool [n_layer, n_head_kv, n_cell]
         """
-        return [np.where(is_picture, spread(observation), self._worth(observation))]
+        return [np.where(is_picture, spread(observation, self.evenness, self.sharpness), self._worth(observation))]
 
     def _worth(self, observation: Observation) -> FloatArray:
         """Key norms; a token is worth nearly as much as the best of its neighbours, as words are several tokens."""
@@ -103,24 +112,39 @@ class CuedQuotaPolicy(QuotaPolicy):
         return [first, np.where(is_picture, first, observation.cue)]
 
 
-def spread(observation: Observation) -> FloatArray:
-    """Ranks the cells of every span so that those of the highest ranks lie evenly over it, f32 as the cells."""
-    table = np.concatenate([spread_of(span) for span in observation.spans])
+def spread(observation: Observation, evenness: float, sharpness: float) -> FloatArray:
+    """Ranks the cells of every span so that those of the highest ranks are spread over it with its density, f32 as the
+    cells.
+    """
+    table = np.concatenate(
+        [-threshold(one.n_cell, one.columns) / density(one, evenness, sharpness) for one in observation.spans]
+    )
     begins = np.cumsum([0, *(span.n_cell for span in observation.spans[:-1])])
     return table[np.minimum(begins[observation.span] + observation.offset, table.size - 1)]
 
 
+def density(span: Span, evenness: float, sharpness: float) -> FloatArray:
+    """How densely cells of a span stay, f32 [n_cell], 1 on average."""
+    if span.contrast is None:
+        return np.ones(span.n_cell, np.float32)
+    contrast = (span.contrast / (span.contrast.max() or 1)) ** np.float32(sharpness)
+    followed: FloatArray = contrast / (contrast.mean() or 1)
+    return np.float32(evenness) + np.float32(1 - evenness) * followed
+
+
 @lru_cache(maxsize=64)
-def spread_of(span: Span) -> FloatArray:
-    """Minus the threshold of every cell in Bayer's ordered dither (of a line, if the grid is not known)."""
-    y, x = np.divmod(np.arange(span.n_cell), span.columns or span.n_cell)
-    threshold = np.zeros(span.n_cell, np.float32)
+def threshold(n_cell: int, columns: int) -> FloatArray:
+    """Bayer's ordered dither, of a line if the grid is not known: the cells below a threshold are that share of them
+    all, and spread evenly; f32 [n_cell], 0 .. 1, all different.
+    """
+    y, x = np.divmod(np.arange(n_cell), columns or n_cell)
+    thresholds = np.zeros(n_cell, np.float32)
     scale = np.float32(1)
-    for bit in range(max(span.n_cell - 1, 1).bit_length()):
-        if span.columns:
+    for bit in range(max(n_cell - 1, 1).bit_length()):
+        if columns:
             scale /= 4
-            threshold += scale * (2 * ((x >> bit ^ y >> bit) & 1) + (y >> bit & 1))
+            thresholds += scale * (2 * ((x >> bit ^ y >> bit) & 1) + (y >> bit & 1))
         else:
             scale /= 2
-            threshold += scale * (x >> bit & 1)
-    return -threshold
+            thresholds += scale * (x >> bit & 1)
+    return thresholds

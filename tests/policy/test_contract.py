@@ -51,7 +51,11 @@ def make_observation(generator: np.random.Generator, shape: tuple[int, int, int]
         measured[name] = values
     tag = generator.integers(0, n_modality, shape).astype(np.uint8)
     pos = np.sort(generator.integers(0, 10 * n_cell, shape).astype(np.int32), axis=-1)
-    spans = [Span(16, is_picture=i % 2 == 1, columns=i % 3 * 4) for i in range(1 + int(pos.max()) // 16)]
+    contrasts = [None, generator.integers(0, 3, 16).astype(np.float32)]
+    spans = [
+        Span(16, is_picture=i % 2 == 1, columns=i % 3 * 4, contrast=contrasts[i % 4 // 2])
+        for i in range(1 + int(pos.max()) // 16)
+    ]
     return Observation(tag, pos, span=pos // 16, offset=pos % 16, spans=spans, **measured)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from edge_csp.errors import PolicyError
 from edge_csp.policy import CuedQuotaPolicy, Observation, QuotaPolicy, Span, kernels
-from edge_csp.policy.quota import spread_of
+from edge_csp.policy.quota import threshold
 
 GRID = Span(64, is_picture=True, columns=8)
 
@@ -105,14 +105,45 @@ def test_patches_are_spread_evenly() -> None:
 
 @pytest.mark.parametrize(("n_cell", "columns"), [(64, 8), (576, 24), (35, 7), (1, 1), (13, 0), (16, 0)])
 def test_spread_is_nested_and_has_no_ties(n_cell: int, columns: int) -> None:
-    table = spread_of(Span(n_cell, is_picture=True, columns=columns))
+    table = threshold(n_cell, columns)
+    assert table.min() == 0
     assert len(set(table.tolist())) == n_cell
-    order = np.argsort(-table)
+    order = np.argsort(table)
     half = order[: n_cell // 2]
     if columns and n_cell >= 35:  # about as many on the left as on the right, above as below
         y, x = np.divmod(half, columns)
         assert abs(int((x < columns / 2).sum()) - len(half) / 2) <= 3 + n_cell / columns / 4
         assert abs(int((y < n_cell / columns / 2).sum()) - len(half) / 2) <= 3 + columns / 4
+
+
+@pytest.mark.parametrize(("evenness", "sharpness", "factor"), [(1e-6, 1, 3), (1e-6, 2, 9), (0.5, 1, 5 / 3), (1, 1, 1)])
+def test_patches_stay_as_densely_as_their_contrast_is_high(evenness: float, sharpness: float, factor: float) -> None:
+    """The left half of the picture has three times the contrast of the right half."""
+    x = np.arange(1024) % 32
+    contrast = np.where(x < 16, 1.5, 0.5).astype(np.float32)
+    observation = conversation(Span(1024, is_picture=True, columns=32, contrast=contrast))
+    policy = QuotaPolicy(question_share=0, evenness=evenness, sharpness=sharpness)
+    for row in policy.select(observation, 128, protected_of(observation)).reshape(4, -1):
+        left = int((x[row] < 16).sum())
+        assert abs(left / (len(row) - left) / factor - 1) < 0.1
+        quarter = 2 * (row // 512) + x[row] // 16
+        above, below = np.bincount(quarter, minlength=4).reshape(2, 2)
+        assert np.abs(above - below).max() <= 2  # and evenly over each half
+
+
+def test_where_all_patches_are_alike_nothing_is_divided_by_nothing() -> None:
+    blank = Span(64, is_picture=True, columns=8, contrast=np.zeros(64, np.float32))
+    with np.errstate(all="raise"):
+        found, even = (
+            QuotaPolicy(question_share=0).select(observation, 16, protected_of(observation))
+            for observation in (conversation(blank), conversation(GRID))
+        )
+    assert np.array_equal(found, even)
+
+
+def test_a_contrast_of_other_cells() -> None:
+    with pytest.raises(PolicyError, match=r"the shape \(3,\), the span has 4 cells"):
+        Span(4, contrast=np.ones(3, np.float32))
 
 
 def test_text_keeps_long_keys_with_their_neighbours() -> None:
@@ -153,7 +184,9 @@ def test_cues_share_text_with_key_norms() -> None:
     assert ((with_cue == 3).sum(axis=-1) == 1).all()
 
 
-@pytest.mark.parametrize("setting", [{"text_weight": 0}, {"question_share": 1.5}, {"sign": 0}])
+@pytest.mark.parametrize(
+    "setting", [{"text_weight": 0}, {"question_share": 1.5}, {"sign": 0}, {"evenness": 0}, {"sharpness": 0}]
+)
 def test_settings_out_of_range(setting: dict[str, float]) -> None:
     with pytest.raises(PolicyError, match=rf"{next(iter(setting))} is {next(iter(setting.values()))}"):
         QuotaPolicy(**setting)  # type: ignore[arg-type]
