@@ -11,8 +11,9 @@ from hypothesis import settings
 
 ROOT = Path(__file__).parent.parent
 
-# examples are the same in every run; HYPOTHESIS_PROFILE=long: many, at random
+# examples are the same in every run; HYPOTHESIS_PROFILE=long: many, at random; short: few, where all is slow
 settings.register_profile("ci", derandomize=True, deadline=None)
+settings.register_profile("short", max_examples=20, derandomize=True, deadline=None)
 settings.register_profile("long", max_examples=2000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
