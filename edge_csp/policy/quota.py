@@ -15,6 +15,8 @@ from edge_csp.policy.base import BoolArray, FloatArray, Observation, Policy, Spa
 from edge_csp.policy.csp import CspPolicy
 
 NEIGHBOURS, NEIGHBOUR_WEIGHT = 3, np.float32(0.9)
+SHORT = 0.3
+"""Attention goes to short keys if so few of the most attended quarter are longer than the median, by chance half."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,13 @@ class QuotaPolicy(Policy):
     all alike. A share of the cells goes first to what the question looks at, by the rule of CSP; if the conversation
     ends with a picture, there is no question.
 
-    Own work, see docs/quality.md. Key norms: arXiv 2406.11430, where the short ones stay; `sign` turns that around.
-    Places are shared out by the method of Sainte-Laguë.
+    Own work, see docs/quality.md. Key norms: arXiv 2406.11430, where the short ones stay: models differ, and so may
+    their layers. Places are shared out by the method of Sainte-Laguë.
 
     text_weight:    of a token of text, beside 1 of a patch
     question_share: of the cells that are not protected, 0 .. 1
     cross_ratio:    share of these cells that the ranking by other modalities gets, 0 .. 1, see CspPolicy
-    sign:           1 keeps long keys, -1 short ones
+    sign:           1 keeps long keys, -1 short ones; 0: long ones, but in layers whose attention goes to short ones
     evenness:       share of the patches that do not follow the contrast, more than 0; 1 spreads all evenly
     sharpness:      power of the contrast that they follow, more than 0
     """
@@ -44,7 +46,7 @@ class QuotaPolicy(Policy):
     text_weight: float = 4.0
     question_share: float = 0.1
     cross_ratio: float = 0.5
-    sign: int = 1
+    sign: int = 0
     evenness: float = 0.1
     sharpness: float = 2.0
 
@@ -54,8 +56,8 @@ class QuotaPolicy(Policy):
         if not 0 <= self.question_share <= 1:
             raise PolicyError(f"question_share is {self.question_share}; it must be between 0 and 1")
         CspPolicy(self.cross_ratio)
-        if self.sign not in (1, -1):
-            raise PolicyError(f"sign is {self.sign}; it must be 1 or -1")
+        if self.sign not in (1, 0, -1):
+            raise PolicyError(f"sign is {self.sign}; it must be 1, 0 or -1")
         if not 0 < self.evenness <= 1:
             raise PolicyError(f"evenness is {self.evenness}; it must be more than 0, and at most 1")
         if not 0 < self.sharpness < math.inf:
@@ -86,13 +88,15 @@ class QuotaPolicy(Policy):
 
         is_picture: bool [n_layer, n_head_kv, n_cell]
         """
-        return [np.where(is_picture, spread(observation, self.evenness, self.sharpness), self._worth(observation))]
+        worth = self._worth(observation, ~is_picture)
+        return [np.where(is_picture, spread(observation, self.evenness, self.sharpness), worth)]
 
-    def _worth(self, observation: Observation) -> FloatArray:
+    def _worth(self, observation: Observation, is_text: BoolArray) -> FloatArray:
         """Key norms; a token is worth nearly as much as the best of its neighbours, as words are several tokens."""
-        norms = observation.key_norm
-        if self.sign < 0:
-            norms = np.float32(1) / (1 + norms)
+        norms = observation.key_norm.copy()
+        for layer, (scores, text) in enumerate(zip(observation.scores, is_text, strict=True)):
+            if self.sign < 0 or (self.sign == 0 and attends_to_short(norms[layer], scores.sum(axis=1), text)):
+                norms[layer] = np.float32(1) / (1 + norms[layer])
         worth: FloatArray = np.maximum(norms, NEIGHBOUR_WEIGHT * kernels.pool_max(norms, NEIGHBOURS))
         return worth
 
@@ -110,6 +114,18 @@ class CuedQuotaPolicy(QuotaPolicy):
     def rankings(self, observation: Observation, is_picture: BoolArray) -> list[FloatArray]:
         (first,) = super().rankings(observation, is_picture)
         return [first, np.where(is_picture, first, observation.cue)]
+
+
+def attends_to_short(norms: FloatArray, scores: FloatArray, is_text: BoolArray) -> bool:
+    """True if the attention of a layer to text goes to cells with short keys; all three [n_head_kv, n_cell]."""
+    n_long = n_short = 0
+    for norm, score, text in zip(norms, scores, is_text, strict=True):
+        norm, score = norm[text], score[text]
+        if n := len(norm) // 4:
+            beside = norm[np.argpartition(score, -n)[-n:]] - np.median(norm)
+            n_long += int(np.count_nonzero(beside > 0))
+            n_short += int(np.count_nonzero(beside < 0))
+    return n_long < SHORT * (n_long + n_short)
 
 
 def spread(observation: Observation, evenness: float, sharpness: float) -> FloatArray:

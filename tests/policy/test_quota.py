@@ -156,6 +156,23 @@ def test_text_keeps_long_keys_with_their_neighbours() -> None:
     assert not (turned == 20).any()
 
 
+def test_layers_that_attend_to_short_keys_keep_them() -> None:
+    """The first layer looks at short keys, the second at long ones, the third at any."""
+    norms = np.random.default_rng(0).permuted(np.tile(np.linspace(1, 2, 80, dtype=np.float32), (3, 2, 1)), axis=-1)
+    scores = np.zeros((3, 2, 2, 80), np.float32)
+    scores[0, :, 0], scores[1, :, 0] = 3 - norms[0], norms[1]
+    scores[2, :, 0] = np.random.default_rng(1).random((2, 80), np.float32)
+    number = np.broadcast_to(np.arange(80, dtype=np.int32), norms.shape)
+    observation = Observation(np.zeros(norms.shape, np.uint8), number, key_norm=norms, scores=scores)
+    protected = protected_of(observation)
+    found, short, long = (
+        QuotaPolicy(question_share=0, sign=sign).select(observation, 20, protected) for sign in (0, -1, 1)
+    )
+    assert np.array_equal(found[0], short[0])
+    assert np.array_equal(found[1:], long[1:])
+    assert not np.array_equal(short, long)
+
+
 def test_the_question_has_a_share_unless_a_picture_comes_last() -> None:
     scores = np.zeros((2, 2, 2, 92), np.float32)
     scores[:, :, 0, 5] = 1  # the question looks at the least spread and shortest cells
@@ -185,7 +202,7 @@ def test_cues_share_text_with_key_norms() -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", [{"text_weight": 0}, {"question_share": 1.5}, {"sign": 0}, {"evenness": 0}, {"sharpness": 0}]
+    "setting", [{"text_weight": 0}, {"question_share": 1.5}, {"sign": 2}, {"evenness": 0}, {"sharpness": 0}]
 )
 def test_settings_out_of_range(setting: dict[str, float]) -> None:
     with pytest.raises(PolicyError, match=rf"{next(iter(setting))} is {next(iter(setting.values()))}"):
