@@ -88,16 +88,16 @@ class QuotaPolicy(Policy):
 
         is_picture: bool [n_layer, n_head_kv, n_cell]
         """
-        worth = self._worth(observation, ~is_picture)
-        return [np.where(is_picture, spread(observation, self.evenness, self.sharpness), worth)]
+        spread_out = spread(observation, self.evenness, self.sharpness)
+        return [np.where(is_picture, spread_out, self._worth(observation, ~is_picture))]
 
     def _worth(self, observation: Observation, is_text: BoolArray) -> FloatArray:
         """Key norms; a token is worth nearly as much as the best of its neighbours, as words are several tokens."""
-        norms = observation.key_norm.copy()
-        for layer, (scores, text) in enumerate(zip(observation.scores, is_text, strict=True)):
-            if self.sign < 0 or (self.sign == 0 and attends_to_short(norms[layer], scores.sum(axis=1), text)):
-                norms[layer] = np.float32(1) / (1 + norms[layer])
-        worth: FloatArray = np.maximum(norms, NEIGHBOUR_WEIGHT * kernels.pool_max(norms, NEIGHBOURS))
+        worth = np.empty(observation.shape, np.float32)
+        for i, norms in enumerate(observation.key_norm):
+            if self.sign < 0 or (self.sign == 0 and attends_to_short(norms, observation.scores[i], is_text[i])):
+                norms = np.float32(1) / (1 + norms)
+            np.maximum(norms, NEIGHBOUR_WEIGHT * kernels.pool_max(norms, NEIGHBOURS), out=worth[i])
         return worth
 
 
@@ -117,10 +117,13 @@ class CuedQuotaPolicy(QuotaPolicy):
 
 
 def attends_to_short(norms: FloatArray, scores: FloatArray, is_text: BoolArray) -> bool:
-    """True if the attention of a layer to text goes to cells with short keys; all three [n_head_kv, n_cell]."""
+    """True if the attention of a layer to text goes to cells with short keys.
+
+    norms, is_text: [n_head_kv, n_cell]. scores: [n_head_kv, n_modality, n_cell].
+    """
     n_long = n_short = 0
     for norm, score, text in zip(norms, scores, is_text, strict=True):
-        norm, score = norm[text], score[text]
+        norm, score = norm[text], score.sum(axis=0)[text]
         if n := len(norm) // 4:
             beside = norm[np.argpartition(score, -n)[-n:]] - np.median(norm)
             n_long += int(np.count_nonzero(beside > 0))
@@ -135,8 +138,9 @@ def spread(observation: Observation, evenness: float, sharpness: float) -> Float
     table = np.concatenate(
         [-threshold(one.n_cell, one.columns) / density(one, evenness, sharpness) for one in observation.spans]
     )
-    begins = np.cumsum([0, *(span.n_cell for span in observation.spans[:-1])])
-    return table[np.minimum(begins[observation.span] + observation.offset, table.size - 1)]
+    begins = np.cumsum([0, *(span.n_cell for span in observation.spans[:-1])], dtype=np.int32)
+    ranking: FloatArray = table[np.minimum(begins[observation.span] + observation.offset, table.size - 1)]
+    return ranking
 
 
 def density(span: Span, evenness: float, sharpness: float) -> FloatArray:
