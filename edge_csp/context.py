@@ -276,9 +276,8 @@ class Context:
         if spans:
             number = self.cell_numbers(layers)
             begins = np.cumsum([0, *(span.n_cell for span in spans[:-1])], dtype=np.int32)
-            every = np.arange(int(number[..., -1].max()) + 1, dtype=np.int32)
-            span = np.searchsorted(begins, every, side="right").astype(np.int32) - np.int32(1)
-            found |= {"spans": spans, "span": span[number], "offset": (every - begins[span])[number]}
+            span = np.searchsorted(begins, number, side="right").astype(np.int32) - np.int32(1)
+            found |= {"spans": spans, "span": span, "offset": number - begins[span]}
         return Observation(tag, pos, **found)
 
     def rows(self, layer: int, kind: str) -> NDArray[np.float32]:

@@ -174,6 +174,15 @@ def use_huge_pages(model: Any) -> None:
     _check(_call("llama_csp_use_huge_pages", model))
 
 
+def trim_heap() -> None:
+    """Give what lies free between objects in the heap back to the system, where the C library is glibc.
+
+    Arrays of an eviction leave holes that are too small for those of the next one: the process would grow with each.
+    """
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None:
+        trim(0)
+
+
 def is_plain(model: Any, tensor: str) -> bool:
     """True if a tensor of a llama_model pointer lies in host memory as it is in the file."""
     return bool(_call("llama_csp_is_plain", model, tensor.encode()))

@@ -132,14 +132,21 @@ def attends_to_short(norms: FloatArray, scores: FloatArray, is_text: BoolArray) 
 
 
 def spread(observation: Observation, evenness: float, sharpness: float) -> FloatArray:
-    """Ranks the cells of every span so that those of the highest ranks are spread over it with its density, f32 as the
-    cells.
+    """Ranks the cells of every picture so that those of the highest ranks are spread over it with its density, f32 as
+    the cells; 0 in text.
     """
-    table = np.concatenate(
-        [-threshold(one.n_cell, one.columns) / density(one, evenness, sharpness) for one in observation.spans]
-    )
-    begins = np.cumsum([0, *(span.n_cell for span in observation.spans[:-1])], dtype=np.int32)
-    ranking: FloatArray = table[np.minimum(begins[observation.span] + observation.offset, table.size - 1)]
+    spans = observation.spans
+    is_left = np.zeros(len(spans), np.bool_)
+    is_left[observation.span] = True
+    tables, begins, size = [np.zeros(1, np.float32)], np.zeros(len(spans), np.int32), 1  # text is at 0
+    for i, span in enumerate(spans):
+        if is_left[i] and span.is_picture:
+            begins[i] = size
+            tables.append(-threshold(span.n_cell, span.columns) / density(span, evenness, sharpness))
+            size += span.n_cell
+    cells = begins[observation.span]
+    cells += np.where(cells > 0, observation.offset, np.int32(0))
+    ranking: FloatArray = np.concatenate(tables)[np.minimum(cells, size - 1)]
     return ranking
 
 
