@@ -302,6 +302,7 @@ class Context:
         numbers = self.cell_numbers()
         self._csp().keep(cells, seq_id=self.seq_id)
         self._kept = np.take_along_axis(numbers, cells, axis=-1)
+        native.trim_heap()
 
     def cells(self) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         """True position i32 and modality u8 of every cell, [n_layer, n_head_kv, n_cell]."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from edge_csp import native
 from edge_csp.budget import Budget, protected_cells
 from edge_csp.context import Context
 from edge_csp.errors import BudgetError, PolicyError
@@ -196,7 +195,6 @@ class Pruner:
         noted = {name: np.take_along_axis(self._note(name, n_cell), cells, axis=-1) for name in self._noted}
         self.context.keep(cells)
         self._noted = noted
-        native.trim_heap()
 
     def merge(self, cells: IntArray) -> None:
         """Let the policy merge what goes into what stays, layer by layer; nothing happens if it does not do that."""
