@@ -304,9 +304,11 @@ class Context:
         self._kept = np.take_along_axis(numbers, cells, axis=-1)
         native.trim_heap()
 
-    def cells(self) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-        """True position i32 and modality u8 of every cell, [n_layer, n_head_kv, n_cell]."""
-        return self._csp().cells(seq_id=self.seq_id)
+    def cells(self, layers: range | None = None) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        """True position i32 and modality u8 of every cell, [n_layer, n_head_kv, n_cell]; `layers`: of these, not of
+        all.
+        """
+        return self._csp().cells(layers=layers, seq_id=self.seq_id)
 
     def cell_numbers(self, layers: range | None = None) -> NDArray[np.int32]:
         """Which of all tokens and picture cells of the conversation, counted from 0, is in every cell, i32 [n_layer,

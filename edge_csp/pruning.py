@@ -5,6 +5,7 @@ The policy chooses which cells stay; `Pruner` knows the numbers. It sees one con
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ from edge_csp.budget import Budget, protected_cells
 from edge_csp.context import Context
 from edge_csp.errors import BudgetError, PolicyError
 from edge_csp.policy import Observation, Policy, QuotaPolicy, Span
-from edge_csp.policy.base import FloatArray, IntArray
+from edge_csp.policy.base import BoolArray, FloatArray, IntArray
 
 Positions = tuple[int, int]
 """From the first one on, up to and without the second one."""
@@ -69,6 +70,11 @@ class Pruning:
     def __post_init__(self) -> None:
         if not 0 <= self.reread <= 1:
             raise PolicyError(f"reread is {self.reread}: it is a share of the attention, 0 to 1")
+        if not 0 <= self.softmax_n < math.inf:
+            raise PolicyError(f"softmax_n is {self.softmax_n}; it must be 0 or more, and finite")
+        for name, least in (("n_obs", 1), ("n_recent", 0), ("n_sink", 0), ("cue_predict", 0)):
+            if (value := getattr(self, name)) < least:
+                raise PolicyError(f"{name} is {value}; it must be {least} or more")
 
 
 class Pruner:
@@ -153,8 +159,19 @@ class Pruner:
 
         Raises BudgetError, before anything has changed, if the pinned cells or one cell exceed the budget.
         """
+        return 0 if self.context.csp is None else self._shrink(self._target(n_token, n_new))
+
+    def check(self, n_token: int) -> None:
+        """Raises BudgetError if prune() would; nothing is evicted."""
         if self.context.csp is None:
-            return 0
+            return
+        target, layout = self._target(n_token), self._layout()
+        if self._evicts(target) and (layout.pinned or target < 1):
+            for layers in self.context.layer_groups():
+                self._protect_pinned(self.context.cells(layers)[0], target, layout)
+
+    def _target(self, n_token: int, n_new: int = 0) -> int:
+        """Cells that prune() keeps. Raises BudgetError if the budget is smaller than one cell."""
         budget, n_cell, target = self.pruning.budget, self.context.n_cell, self.context.n_cell
         if budget is not None:
             target = budget.cells(n_token, self.context.bytes_per_cell)
@@ -163,7 +180,7 @@ class Pruner:
         n_answer = self.n_batch if n_new else self.n_batch // 2
         if self.is_bounded and n_cell > self.n_cell_max - n_answer - n_new:
             target = min(target, self.n_cell_max - self.n_batch - n_new)
-        return self._shrink(target)
+        return max(target, 0)
 
     def make_room(self, n_new: int) -> int:
         """Evict so that n_new cells can be filled; nothing if they are free. Returns the cells evicted per layer and
@@ -180,13 +197,14 @@ class Pruner:
 
     def _shrink(self, target: int) -> int:
         """Keep `target` cells."""
-        n_cell = self.context.n_cell
-        target = max(target, 0)
-        if self.pruning.policy.n_keep(target, n_cell) >= n_cell:
+        if not self._evicts(target):
             return 0
-        cells = self.select(target)
+        n_cell, cells = self.context.n_cell, self.select(target)
         self.evict(cells)
         return n_cell - int(cells.shape[-1])
+
+    def _evicts(self, target: int) -> bool:
+        return self.pruning.policy.n_keep(target, self.context.n_cell) < self.context.n_cell
 
     def evict(self, cells: IntArray) -> None:
         """Keep the cells that select() has chosen, after what goes was merged into them if the policy does that."""
@@ -235,9 +253,22 @@ class Pruner:
     def _select_of(self, layers: range, target: int, layout: Layout) -> IntArray:
         """The cells that stay in some layers, i32 [n_layer, n_head_kv, n_keep]."""
         pruning, observation = self.pruning, self._observe(layers, layout)
-        protected = np.zeros(observation.shape, np.bool_)
+        protected, n_pinned = self._protect_pinned(observation.pos, target, layout)
+        n_recent = pruning.n_recent if layout.n_new is None else min(pruning.n_recent, layout.n_new)
+        n_recent, n_sink = protected_cells(target - n_pinned + 1, n_recent=n_recent, n_sink=pruning.n_sink)
+        protected[..., :n_sink] = True
+        protected[..., observation.n_cell - n_recent :] = True
+        return pruning.policy.select(observation, target, protected)
+
+    @staticmethod
+    def _protect_pinned(pos: IntArray, target: int, layout: Layout) -> tuple[BoolArray, int]:
+        """Which cells are pinned, with the last one, bool [n_layer, n_head_kv, n_cell], and the most of a head.
+
+        Raises BudgetError if more than `target`.
+        """
+        protected = np.zeros(pos.shape, np.bool_)
         for begin, end in layout.pinned:
-            protected |= (observation.pos >= begin) & (observation.pos < end)
+            protected |= (pos >= begin) & (pos < end)
         protected[..., -1] = True
         n_pinned = int(protected.sum(axis=-1).max())
         if n_pinned > target:
@@ -245,8 +276,4 @@ class Pruner:
                 f"pinned turns and pictures take {n_pinned - 1} cells, but only {target} may stay: "
                 "unpin some, or raise the budget or the size of the cache"
             )
-        n_recent = pruning.n_recent if layout.n_new is None else min(pruning.n_recent, layout.n_new)
-        n_recent, n_sink = protected_cells(target - n_pinned + 1, n_recent=n_recent, n_sink=pruning.n_sink)
-        protected[..., :n_sink] = True
-        protected[..., observation.n_cell - n_recent :] = True
-        return pruning.policy.select(observation, target, protected)
+        return protected, n_pinned

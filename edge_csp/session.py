@@ -5,8 +5,9 @@ the rest of the next prompt. Where a prompt takes another turn (undo, templates 
 common beginning stays if the cut lies behind the pruned cells; otherwise everything is evaluated again, from embeddings
 in memory.
 
-In a bounded cache (Pruning.cells) cells are evicted before every batch that would overflow it, of the prompt and of the
-answer: a conversation of any length goes on. Pinned messages and pictures stay.
+A budget is enforced after every prompt, as soon as the first token of the answer is there. In a bounded cache
+(Pruning.cells) cells are evicted before every batch that would overflow it, of the prompt and of the answer: a
+conversation of any length goes on. Pinned messages and pictures stay.
 
 With Pruning.reread, pictures of which little is left are read again behind the prompt, see reread.py. That is there for
 one answer: then it is removed, and the answer evaluated again without it, so that nothing else knows of it.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import codecs
 import itertools
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -96,6 +98,7 @@ class Session:
         self._turn_begin = 0  # items before the present turn
         self._pins = _Pins()
         self._cues = CueTokens(self.model, self.template)
+        self._to_prune = False  # when the first token of the answer is there
         self._planned: Planned | None = None
         self._again: SecondReading | None = None  # behind what _items had then; what came since is behind it
 
@@ -131,7 +134,7 @@ class Session:
         """
         messages = [*self.messages, {"role": "user", "content": list(content)}]
         self.prefill(messages)
-        self.prune()
+        self.prune(after_token=True)
         self.messages = messages
         self.counters.n_turn += 1
         answer = ""
@@ -150,6 +153,7 @@ class Session:
         Raises ContextError if it does not fit, before anything has changed.
         """
         self._take_back()
+        self._to_prune = False
         text = self.template.render(messages, add_generation_prompt)
         items = self._plan(text, messages)
         self._check_trained(sum(item.n_pos for item in items))
@@ -174,9 +178,9 @@ class Session:
         self._ends = {n: end for n, end in self._ends.items() if end <= n_same} | {len(messages): len(items)}
         self._turn_begin = min(self._ends.get(len(messages) - 1, 0), len(items) - 1)
         self._pins = self._find_pins(messages, items)
-        n_eviction, n_evicted = self.counters.n_eviction, self.counters.n_evicted
+        n_evicted = self.counters.n_evicted
         self._evaluate(items[n_same:])
-        self._tell_evictions("reading", n_eviction, n_evicted)
+        self._tell_evictions("reading", n_evicted)
         self._text = text
         self._prompts = [*prompts, PromptEnd(len(items), len(text), n_pictures(items))]
         self._planned = self._plan_again(messages) if add_generation_prompt else None
@@ -312,9 +316,9 @@ class Session:
         if self._on_notice:
             self._on_notice(notice)
 
-    def _tell_evictions(self, what: str, n_eviction: int, n_evicted: int) -> None:
-        """Tell of the evictions since the counters were so."""
-        if self.counters.n_eviction > n_eviction:
+    def _tell_evictions(self, what: str, n_evicted: int) -> None:
+        """Tell of the evictions since the counter was so."""
+        if self.counters.n_evicted > n_evicted:
             self._tell(
                 f"the cache of {self._pruner.n_cell_max} cells was full while {what}: evicted "
                 f"{self.counters.n_evicted - n_evicted} cells per layer and KV head, {self.context.n_cell} are kept"
@@ -485,17 +489,31 @@ class Session:
         if self._on_progress:
             self._on_progress(what, done)
 
-    def prune(self) -> int:
+    def prune(self, *, after_token: bool = False) -> int:
         """Evict down to the budget; returns the cells evicted per layer and KV head.
 
-        Raises BudgetError if the budget is smaller than one cell, or than the pinned cells.
+        after_token: let generate() do it when it has the first token of the answer, which needs nothing but the prompt
+        and so comes sooner; returns 0. Where pictures are read again, they come before that token, into the room that
+        evicting makes: then nothing is put off.
+
+        Raises BudgetError if the budget is smaller than one cell, or than the pinned cells; in either case at once.
         """
         self._take_back()
         n_again = self._planned.n_cell if self._planned else 0
+        self._to_prune = False
+        if after_token and not n_again:
+            self._pruner.check(self.n_token)
+            self._to_prune = True
+            return 0
         if 0 < n_again <= self.n_cell_max // 2:
             with suppress(BudgetError):  # pinned cells leave no room for it
                 return self._count_eviction(lambda n_token: self._pruner.prune(n_token, n_again), self.n_token)
         return self._count_eviction(self._pruner.prune, self.n_token)
+
+    def _prune_after_token(self) -> int:
+        """What prune() has put off, if it has; returns the cells evicted."""
+        to_prune, self._to_prune = self._to_prune and bool(self.context.handle), False
+        return self._count_eviction(self._pruner.prune, self.n_token) if to_prune else 0
 
     def select(self, n_cell: int) -> IntArray:
         """The cells that would stay if n_cell were to, i32 [n_layer, n_head_kv, n_keep]; nothing is evicted.
@@ -536,7 +554,7 @@ class Session:
         if not self._items or self._items[-1].is_picture:
             raise TemplateError("the prompt does not end with text, so there is nothing to answer")
         prompt_tokens = [item.key for item in self._items if isinstance(item.key, int)]
-        n_eviction, n_evicted = self.counters.n_eviction, self.counters.n_evicted
+        n_evicted = self.counters.n_evicted
         sampler = Sampler(self.sampling, self.model, prompt_tokens)
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.finish_reason = "interrupt"
@@ -554,6 +572,7 @@ class Session:
                 piece = decoder.decode(self.model.token_bytes(token))
                 if piece:
                     yield piece
+                n_evicted += self._prune_after_token()
                 if self._again and (self.context.n_cell >= self.n_cell_max or self._is_past_trained()):
                     self._take_back()
                 if not self._pruner.is_bounded and self.context.n_cell >= self.context.n_ctx:
@@ -570,9 +589,11 @@ class Session:
             if rest := decoder.decode(b"", final=True):
                 yield rest
         finally:
-            sampler.close()
-            with_pictures.close()
-            self._tell_evictions("answering", n_eviction, n_evicted)
+            if not sys.is_finalizing():  # an open answer when the process ends: modules are gone
+                sampler.close()
+                with_pictures.close()
+                n_evicted += self._prune_after_token()
+                self._tell_evictions("answering", n_evicted)
 
     def _is_past_trained(self) -> bool:
         """True where the answer has to stop; tells once where it goes on."""
@@ -609,7 +630,7 @@ class Session:
     def _forget_cells(self) -> None:
         self.context.clear()
         self._items, self._text, self._prompts, self._ends, self._pins = [], "", [], {}, _Pins()
-        self._turn_begin = 0
+        self._turn_begin, self._to_prune = 0, False
         self._planned = self._again = None
         self._pruner.forget()
 

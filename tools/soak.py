@@ -114,7 +114,7 @@ def resend(n_picture: int, n_repeat: int) -> None:
                 for turn in range(2):
                     body, begin = json.dumps(messages), time.perf_counter()
                     session.prefill(read_messages(json.loads(body), pictures))
-                    session.prune()
+                    session.prune(after_token=True)
                     stream = session.generate(n_predict=16)
                     answer = next(stream)
                     seconds[turn].append(time.perf_counter() - begin)

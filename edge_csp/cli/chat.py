@@ -194,9 +194,7 @@ class Chat:
         with self.stop, closing(stream):
             try:
                 for piece in stream:
-                    if not said:
-                        said = True
-                        say(kept_line(self.session))
+                    said = True
                     write(piece)
                     self.stop.check()
             except Stopped:
@@ -204,6 +202,7 @@ class Chat:
                 say("stopped" if said else "stopped before the answer; the message is not in the conversation")
             else:
                 write("\n")
+                say(kept_line(self.session))
                 if self.session.finish_reason == "full":
                     say("the context is full: /undo, /clear, or start anew with a larger (-c) or bounded (--cells) one")
                 elif self.session.finish_reason == "trained":

@@ -135,12 +135,11 @@ def _ask(context: Context, album: Album, question: str, expected: str, pruning: 
 
     context.clear()
     session = Session(context, pruning=pruning, sampling=Sampling(temperature=0))
-    session.messages = list(album.messages)
-    text, use = "", None
-    for piece in session.ask(question, n_predict=N_PREDICT):
-        use = use or session.cache_use()
-        text += piece
-    return Answer(text.strip(), text.strip() == expected, use or session.cache_use(), session.counters)
+    session.prefill([*album.messages, {"role": "user", "content": question}])
+    session.prune()
+    use = session.cache_use()
+    text = "".join(session.generate(n_predict=N_PREDICT)).strip()
+    return Answer(text, text == expected, use, session.counters)
 
 
 def _n_right(rows: Sequence[Row]) -> tuple[int, int]:

@@ -76,21 +76,19 @@ def _ask(session: Session, text: str, pictures: list[Picture], n_predict: int, *
     """Ask and, if wanted, print the answer as it comes; returns the JSON object."""
     from edge_csp.cli.render import cache_line, kept_line, say, times_dict, use_dict, write
 
-    answer, use = "", None
+    answer = ""
     for piece in session.ask(text, pictures, n_predict=n_predict):
-        if use is None:
-            use = session.cache_use()
-            say(kept_line(session))
         answer += piece
         if stream:
             write(piece)
     if stream:
         write("\n")
+    say(kept_line(session))
     mmproj, pruning = session.model.mmproj_info, session.pruning
     return {
         "answer": answer,
         "finish_reason": session.finish_reason,
-        **use_dict(use or session.cache_use()),
+        **use_dict(session.cache_use()),
         "budget": str(pruning.budget) if pruning.budget else None,
         "cells_max": session.n_cell_max,
         "cache": cache_line(session),

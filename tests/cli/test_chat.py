@@ -63,9 +63,8 @@ def test_scripted_conversation(cli: Cli, model: list[str], pictures: list[Path],
     assert "budget '0' keeps nothing" in errors[2]
     assert result.stderr.count("goes with the next message") == 3
     kept = re.findall(r"^kept (\d+) of (\d+) cells", result.stderr, re.MULTILINE)
-    assert [int(n) for n, _ in kept] == [
-        int(n) * share // 100 for (_, n), share in zip(kept, (50, 50, 25), strict=True)
-    ]
+    for (n_kept, n_cell), share in zip(kept, (50, 50, 25), strict=True):
+        assert 0 <= int(n_kept) - int(n_cell) * share // 100 <= 8  # with the answer
     listed = result.stdout[result.stdout.rindex("took back") :]
     assert "1 picture 1.png" in listed
     assert "picture 2.png" not in listed

@@ -28,8 +28,7 @@ def test_ctrl_c(model: list[str], environment: dict[str, str]) -> None:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 130
-        assert errors.startswith(b"kept ")
-        assert len(errors.splitlines()) <= 2  # older versions of click end the line
+        assert len(errors.splitlines()) <= 1  # older versions of click end the line
 
 
 def test_closed_pipe(model: list[str], environment: dict[str, str]) -> None:
@@ -39,7 +38,7 @@ def test_closed_pipe(model: list[str], environment: dict[str, str]) -> None:
         process.stdout.close()
         errors = process.stderr.read()
         assert process.wait(timeout=60) == 1
-        assert errors.count(b"\n") == 1
+        assert errors == b""
 
 
 def test_unexpected_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,16 +113,16 @@ def test_interrupted_run_goes_on(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run(out="whole")[0] == 0
-    ask_parts, asked = Session.ask_parts, list[str]()
+    prefill, asked = Session.prefill, list[str]()
 
     def interrupted(self: Session, *arguments: Any, **settings: Any) -> Any:
         if len(asked) == 7:
             raise KeyboardInterrupt
         asked.append("")
-        return ask_parts(self, *arguments, **settings)
+        return prefill(self, *arguments, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "ask_parts", interrupted)
+        patch.setattr(Session, "prefill", interrupted)
         assert run()[0] == 130
     file = tmp_path / "out/DocVQA/pred.jsonl"
     before = file.read_bytes()
@@ -131,7 +131,7 @@ def test_interrupted_run_goes_on(
 
     asked.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "ask_parts", lambda *a, **s: asked.append("") or ask_parts(*a, **s))
+        patch.setattr(Session, "prefill", lambda *a, **s: asked.append("") or prefill(*a, **s))
         status, said = run()
     assert (status, len(asked)) == (0, 2)
     assert said[1] == f"edge-csp: error: {file}: the last line was cut off, its sample has no answer"

@@ -28,7 +28,9 @@ def test_json_adds_up(cli: Cli, model: list[str], pictures: list[Path], policy: 
     images = [argument for path in pictures[:3] for argument in ("--image", path)]
     result = cli("run", "-p", "What is in picture 1?", *images, "--budget", "40%", "--policy", policy, "--json", *model)
     got = json.loads(result.stdout)
-    assert got["kept"] == (got["cells"] if policy == "full" else got["cells"] * 2 // 5)
+    n_answer = got["times"]["n_generated"]
+    n_prompt = got["cells"] - n_answer
+    assert got["kept"] - n_answer == (n_prompt if policy == "full" else n_prompt * 2 // 5)
     assert [Path(picture["name"]) for picture in got["pictures"]] == pictures[:3]
     for what in ("cells", "kept"):
         assert sum(picture[what] for picture in got["pictures"]) == pytest.approx(got["image"][what])

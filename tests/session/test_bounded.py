@@ -153,8 +153,8 @@ def test_a_budget_holds_in_a_bounded_cache(context: Watched) -> None:
     chat = bounded(context, budget="20%")
     stream = chat.ask("What is in picture 1?", [picture(seed) for seed in range(10)])
     next(stream)
-    assert context.n_cell == int(0.2 * chat.n_token)
     stream.close()
+    assert context.n_cell == int(0.2 * chat.n_token)
 
 
 def test_shares_are_enforced_when_it_pays(model: VisionModel) -> None:
@@ -164,8 +164,8 @@ def test_shares_are_enforced_when_it_pays(model: VisionModel) -> None:
         for _ in range(8):
             stream = chat.ask("Which digit?", n_predict=4)
             next(stream)
-            assert context.n_cell <= chat.n_token / 2 * 16 / 15
             stream.close()
+            assert context.n_cell <= chat.n_token / 2 * 16 / 15
         assert 1 < chat.counters.n_eviction < 8
 
 

@@ -43,11 +43,8 @@ def answers(model: VisionModel, album: Album) -> list[tuple[str, int, int]]:
         session = Session(context, pruning=Pruning(parse_budget("20%")), sampling=Sampling(temperature=0))
         session.messages = list(album.messages)
         for question, _ in album.questions[:4]:
-            answer, n_cell = "", 0
-            for piece in session.ask(question, n_predict=32):
-                n_cell = n_cell or context.n_cell
-                answer += piece
-            found.append((answer, session.n_token, n_cell))
+            answer = "".join(session.ask(question, n_predict=32))
+            found.append((answer, session.n_token, context.n_cell))
         assert session.counters.n_evicted > 0
     return found
 

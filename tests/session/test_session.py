@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,13 +82,13 @@ def test_cells_add_up_and_stay_in_the_budget(context: Context) -> None:
     chat = session(context, "25%")
     for turn in range(3):
         answer = chat.ask("What is in picture 1?", [picture(turn), picture(10 + turn)], n_predict=4)
-        next(answer)  # the prompt has been pruned, the answer has not begun to fill cells
+        next(answer)
+        answer.close()  # the prompt has been pruned, the answer has not begun to fill cells
         use = chat.cache_use()
         assert use.n_cell == int(0.25 * use.n_token)
         assert use.n_cell == pytest.approx(use.text_kept + sum(p.kept for p in use.pictures))
         assert all(p.kept <= p.n_cell for p in use.pictures)
         assert use.text_kept <= use.n_text
-        answer.close()
     assert chat.counters.n_evicted > 0
 
 
@@ -225,6 +227,55 @@ def test_a_context_beyond_the_memory_is_refused(model: VisionModel) -> None:
         Context(model, n_ctx=10**9)
 
 
+@pytest.mark.parametrize("n_predict", [0, 1, 6])
+def test_the_first_token_comes_before_the_eviction(context: Context, n_predict: int) -> None:
+    """It is there sooner, and neither the answer nor what is kept changes."""
+    answers, kept = [], []
+    for after_token in (False, True):
+        chat = session(context, "25%")
+        chat.clear()
+        parts: list[dict[str, Any]] = [{"type": "image", "picture": picture(seed)} for seed in range(3)]
+        chat.prefill([{"role": "user", "content": [*parts, {"type": "text", "text": "What is it?"}]}])
+        n_prompt = context.n_cell
+        assert (chat.prune(after_token=after_token) == 0) == after_token
+        n_before, stream = context.n_cell, chat.generate(n_predict=n_predict)
+        answer = [next(stream)] if n_predict else []
+        assert context.n_cell == n_before == (n_prompt if after_token else n_prompt // 4)
+        answers.append([*answer, *stream])
+        assert context.n_cell - chat.counters.n_generated == n_prompt // 4
+        kept.append(context.cell_numbers())
+    assert answers[0] == answers[1]
+    np.testing.assert_array_equal(*kept)
+
+
+def test_a_new_prompt_before_the_answer(context: Context) -> None:
+    """What was put off for an answer that nobody wanted is not made up for."""
+    chat = session(context, "25%")
+    chat.prefill([{"role": "user", "content": [{"type": "image", "picture": picture(1)}]}])
+    chat.prune(after_token=True)
+    chat.prefill([{"role": "user", "content": [{"type": "image", "picture": picture(1)}]}])
+    "".join(chat.generate(n_predict=2))
+    assert (chat.counters.n_eviction, chat.counters.n_restart) == (0, 0)
+
+
+OPEN_AT_THE_END = """
+import sys
+from edge_csp import Context, Pruning, Session, VisionModel, open_session, parse_budget
+with open_session(sys.argv[1], n_ctx=256, budget="20%") as session:
+    of_a_closed_context = session.ask("What is in picture 1?")
+    next(of_a_closed_context)
+session = Session(Context(VisionModel(sys.argv[1]), n_ctx=256), pruning=Pruning(parse_budget("20%")))
+stream = session.ask("What is in picture 1?")
+next(stream)
+"""
+
+
+def test_an_answer_is_open_when_the_process_ends(demo_files: tuple[Path, Path]) -> None:
+    command = [sys.executable, "-c", OPEN_AT_THE_END, str(demo_files[0])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_failed_eviction_starts_over(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(cells: np.ndarray) -> None:
         raise NativeError("the device is gone", status=-5)
@@ -234,10 +285,10 @@ def test_a_failed_eviction_starts_over(context: Context, monkeypatch: pytest.Mon
         patch.setattr(context, "keep", fail)
         with pytest.raises(NativeError):
             ask(chat, "What is in picture 1?", picture(1))
-    assert chat.messages == []
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"]  # what was said before is kept
     assert chat.n_token == context.n_cell == 0
-    ask(chat, "What is in picture 1?", picture(1))
-    assert chat.counters.n_turn == 1
+    ask(chat, "What is in picture 1?")
+    assert (chat.counters.n_turn, chat.counters.n_picture) == (2, 2)
 
 
 def test_there_must_be_text_to_answer(context: Context) -> None:

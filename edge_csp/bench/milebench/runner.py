@@ -121,10 +121,10 @@ class Runner:
         session = self.session
         prompt = write_prompt(sample, dataset.name, _Reader(session.model, dataset), self.max_prompt)
         session.clear()
-        answer, cells = "", None
-        for piece in session.ask_parts(prompt.parts(), n_predict=self.n_predict):
-            cells = cells or _cells(session)
-            answer += piece
+        session.prefill([*session.messages, {"role": "user", "content": prompt.parts()}])
+        session.prune()
+        cells = {"n_cell": session.n_token, "n_kept": session.context.n_cell}
+        answer = "".join(session.generate(n_predict=self.n_predict))
         return {
             "sample_id": sample.sample_id,
             "image": [str(dataset.image_path(image)) for image in prompt.images],
@@ -134,13 +134,8 @@ class Runner:
             "pred_response": answer.strip(),
             "gen_kwargs": {"max_new_tokens": self.n_predict, "do_sample": False},
             "finish_reason": session.finish_reason,
-            **(cells or _cells(session)),
+            **cells,
         }
-
-
-def _cells(session: Session) -> dict[str, int]:
-    """Cells of the prompt, and those that are kept of it."""
-    return {"n_cell": session.n_token, "n_kept": session.context.n_cell}
 
 
 @dataclass(frozen=True)
