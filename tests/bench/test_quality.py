@@ -719,6 +719,14 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(lines(out)) == 2 * (2 * (2 * 4) + 3 + 5)
 
 
+def test_the_command_names_files(settings: run.Settings, whole: list[dict[str, Any]]) -> None:
+    """No folders of this machine, but those that lie below where it was run."""
+    found = report.Summaries(settings, whole, None)
+    files = run.ModelFiles("a", Path("models/a.gguf")), run.ModelFiles("b", Path("/home/me/b.gguf"))
+    found.settings = replace(settings, models=files)
+    assert report.command(found).startswith("edge-csp bench quality -m models/a.gguf -m b --policy")
+
+
 def test_plot(settings: run.Settings, whole: list[dict[str, Any]], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     report.write_plot(tmp_path / "quality.png", report.Summaries(settings, whole, None))

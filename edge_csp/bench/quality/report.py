@@ -114,11 +114,11 @@ def _marks(one: Summary) -> str:
 
 
 def command(found: Summaries) -> str:
-    """That measures the same; models by the names that they have in records."""
+    """That measures the same; models by their paths where these hold elsewhere, or by the names in records."""
     settings, source = found.settings, found.settings.source
     words = ["edge-csp", "bench", "quality"]
     for model in settings.models:
-        words += ["-m", model.name]
+        words += ["-m", model.name if model.path.is_absolute() else model.path.as_posix()]
     for policy in settings.policies:
         words += ["--policy", policy]
     words += ["--protocol", ",".join(settings.protocols), "--budget", ",".join(settings.budgets)]
