@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,21 +35,14 @@ from edge_csp.images import Picture
 from edge_csp.items import Item, PromptEnd, common_length, common_text, items_of, n_pictures, token_item
 from edge_csp.model import PicturePart, Progress
 from edge_csp.patches import PictureMap, TurnUse, contrast, picture_maps, spans_of, turn_uses
+from edge_csp.pins import Pins, find_pins, pin_picture, pin_turn
 from edge_csp.policy.base import IntArray
-from edge_csp.pruning import Layout, Positions, Pruner, Pruning
+from edge_csp.pruning import Layout, Pruner, Pruning
 from edge_csp.reread import LOST, Planned, SecondReading, looks, second_reading
 from edge_csp.sampling import Sampler, Sampling
-from edge_csp.usage import CacheUse, Counters, PictureUse
+from edge_csp.usage import CacheUse, Counters, picture_uses
 
 PAST_TRAINED = ("continue", "stop")
-
-
-@dataclass(frozen=True)
-class _Pins:
-    """What stays in the cache. pictures: their numbers, from 1. spans: positions."""
-
-    pictures: frozenset[int] = frozenset()
-    spans: tuple[Positions, ...] = ()
 
 
 class Session:
@@ -96,7 +89,7 @@ class Session:
         self._prompts: list[PromptEnd] = []  # where the prompts of the turns end in both
         self._ends: dict[int, int] = {}  # number of messages -> items that they take
         self._turn_begin = 0  # items before the present turn
-        self._pins = _Pins()
+        self._pins = Pins()
         self._cues = CueTokens(self.model, self.template)
         self._to_prune = False  # when the first token of the answer is there
         self._planned: Planned | None = None
@@ -177,7 +170,7 @@ class Session:
         self._text, self._prompts = "", []  # until everything is evaluated
         self._ends = {n: end for n, end in self._ends.items() if end <= n_same} | {len(messages): len(items)}
         self._turn_begin = min(self._ends.get(len(messages) - 1, 0), len(items) - 1)
-        self._pins = self._find_pins(messages, items)
+        self._pins = find_pins(messages, items, lambda first: self._end_of(first, items))
         n_evicted = self.counters.n_evicted
         self._evaluate(items[n_same:])
         self._tell_evictions("reading", n_evicted)
@@ -329,16 +322,7 @@ class Session:
 
         Raises ContextError if there is no such picture.
         """
-        n = 0
-        for i, message in enumerate(self.messages):
-            for j, part in enumerate(message_parts(message)):
-                n += part["type"] == "image"
-                if n == number and part["type"] == "image":
-                    content = list(message["content"])
-                    content[j] = {**part, "pinned": pinned}
-                    self.messages[i] = {**message, "content": content}
-                    return
-        raise ContextError(f"there is no picture {number}: the conversation has {n}")
+        self.messages = pin_picture(self.messages, number, pinned)
 
     def pin_turn(self, number: int, *, pinned: bool = True) -> None:
         """Let all cells of a question, its pictures and its answer that are left stay from now on (or no longer);
@@ -346,38 +330,7 @@ class Session:
 
         Raises ContextError if there is no such turn.
         """
-        turn = 0
-        n_found = 0
-        for i, message in enumerate(self.messages):
-            turn += message["role"] == "user"
-            if turn == number:
-                self.messages[i] = {**message, "pinned": pinned}
-                n_found += 1
-        if not n_found:
-            raise ContextError(f"there is no turn {number}: the conversation has {turn}")
-
-    def _find_pins(self, messages: Sequence[Message], items: Sequence[Item]) -> _Pins:
-        """Positions of what is pinned in the items of a prompt."""
-        pictures: set[int] = set()
-        n_picture = 0
-        for message in messages:
-            for part in message_parts(message):
-                if part["type"] == "image":
-                    n_picture += 1
-                    if part.get("pinned"):
-                        pictures.add(n_picture)
-        turns = [i for i, message in enumerate(messages) if message.get("pinned")]
-        if not turns and not pictures:
-            return _Pins()
-        positions = [0, *itertools.accumulate(item.n_pos for item in items)]
-        spans = [(self._end_of(messages[:i], items), self._end_of(messages[: i + 1], items)) for i in turns]
-        n_picture = 0
-        for i, item in enumerate(items):
-            if item.is_picture:
-                n_picture += item.is_new_picture
-                if n_picture in pictures:
-                    spans.append((i, i + 1))
-        return _Pins(frozenset(pictures), tuple((positions[begin], positions[end]) for begin, end in spans))
+        self.messages = pin_turn(self.messages, number, pinned)
 
     def _end_of(self, messages: Sequence[Message], items: Sequence[Item]) -> int:
         """Items that the first messages take of the items of a longer prompt."""
@@ -629,7 +582,7 @@ class Session:
 
     def _forget_cells(self) -> None:
         self.context.clear()
-        self._items, self._text, self._prompts, self._ends, self._pins = [], "", [], {}, _Pins()
+        self._items, self._text, self._prompts, self._ends, self._pins = [], "", [], {}, Pins()
         self._turn_begin, self._to_prune = 0, False
         self._planned = self._again = None
         self._pruner.forget()
@@ -646,30 +599,13 @@ class Session:
 
     def cache_use(self) -> CacheUse:
         """Cells per picture and of text, counted in the cache itself."""
-        spans = []  # (item, first position)
-        position = 0
-        for item in self._items:
-            if item.is_picture:
-                spans.append((item, position))
-            position += item.n_pos
         n_token = self.n_token
         n_cell = self.n_cell if self.context.csp else n_token
-        if self.context.csp and n_cell:
-            pos, _ = self.context.cells()
-            n_row = pos.shape[0] * pos.shape[1]
-            kept = [float(((pos >= p) & (pos < p + item.n_pos)).sum()) / n_row for item, p in spans]
-        else:
-            kept = [float(item.n_cell) for item, _ in spans]
-        pictures: list[PictureUse] = []
-        for (item, _), n_kept in zip(spans, kept, strict=True):
-            if not item.is_new_picture:  # a tile of the picture before
-                whole = pictures.pop()
-                pictures.append(replace(whole, n_cell=whole.n_cell + item.n_cell, kept=whole.kept + n_kept))
-            else:
-                pinned = len(pictures) + 1 in self._pins.pictures
-                pictures.append(PictureUse(item.name, item.n_cell, n_kept, pinned))
+        positions = self.context.cells()[0] if self.context.csp and n_cell else None
+        pictures = picture_uses(self._items, positions, self._pins.pictures)
         n_text = n_token - sum(picture.n_cell for picture in pictures)
-        return CacheUse(n_token, n_cell, self.context.bytes_per_cell, n_text, n_cell - sum(kept), tuple(pictures))
+        text_kept = n_cell - sum(picture.kept for picture in pictures)
+        return CacheUse(n_token, n_cell, self.context.bytes_per_cell, n_text, text_kept, pictures)
 
     def kept_patches(self) -> list[PictureMap]:
         """Which patches of every part of every picture are left, per layer.

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_csp.items import Item
 
 
 @dataclass
@@ -62,3 +68,27 @@ class CacheUse:
     n_text: int
     text_kept: float
     pictures: tuple[PictureUse, ...]
+
+
+def picture_uses(
+    items: Sequence[Item], positions: NDArray[np.int32] | None, pinned: Container[int]
+) -> tuple[PictureUse, ...]:
+    """The pictures among the items. positions: i32 [n_layer, n_head_kv, n_cell], of the cells that are left, None for
+    all. pinned: numbers of pictures, from 1.
+    """
+    pictures: list[PictureUse] = []
+    begin = 0
+    for item in items:
+        end = begin + item.n_pos
+        if item.is_picture:
+            kept = float(item.n_cell)
+            if positions is not None:
+                n_row = positions.shape[0] * positions.shape[1]
+                kept = float(((positions >= begin) & (positions < end)).sum()) / n_row
+            if item.is_new_picture:
+                pictures.append(PictureUse(item.name, item.n_cell, kept, len(pictures) + 1 in pinned))
+            else:  # a tile of the picture before
+                whole = pictures.pop()
+                pictures.append(replace(whole, n_cell=whole.n_cell + item.n_cell, kept=whole.kept + kept))
+        begin = end
+    return tuple(pictures)
