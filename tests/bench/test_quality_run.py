@@ -110,6 +110,17 @@ def test_what_fails_is_named(settings: run.Settings, demo_files: tuple[Path, Pat
         run.run(replace(broken, models=(run.ModelFiles("x", tmp_path / "missing.gguf"),)), None)
 
 
+def test_an_encoder_that_is_not_clear_is_told_at_once(
+    settings: run.Settings, demo_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Not when the model's turn comes, which may be hours later."""
+    for name in ("text", "mmproj-one", "mmproj-two"):
+        (tmp_path / f"{name}.gguf").symlink_to(demo_files[name != "text"])
+    models = (*settings.models, run.ModelFiles("text", tmp_path / "text.gguf"))
+    with pytest.raises(EdgeCspError, match="2 mmproj files lie beside"):
+        replace(settings, models=models)
+
+
 def test_settings_that_make_no_sense(settings: run.Settings) -> None:
     for change, words in (
         ({"protocols": ("never",)}, "never"),
@@ -163,10 +174,14 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(lines(out)) == 2 * (2 * (2 * 4) + 3 + 5)
 
 
-def test_the_command_names_files(settings: run.Settings, whole: list[dict[str, Any]]) -> None:
+def test_the_command_names_files(
+    settings: run.Settings, whole: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No folders of this machine, but those that lie below where it was run."""
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
     found = report.Summaries(settings, whole, None)
-    files = run.ModelFiles("a", Path("models/a.gguf")), run.ModelFiles("b", Path("/home/me/b.gguf"))
+    files = run.ModelFiles("a", Path("models/a.gguf")), run.ModelFiles("b", tmp_path / "b.gguf")
     found.settings = replace(settings, models=files)
     assert report.command(found).startswith("edge-csp bench quality -m models/a.gguf -m b --policy")
 

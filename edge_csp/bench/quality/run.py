@@ -21,6 +21,7 @@ from edge_csp.bench.quality.records import KEY, Key, Records, key_of
 from edge_csp.bench.quality.specs import Spec, parse_spec
 from edge_csp.budget import parse_budget
 from edge_csp.errors import BenchError, EdgeCspError
+from edge_csp.metadata import find_mmproj
 from edge_csp.model import VisionModel
 
 SCHEMA = 1
@@ -80,6 +81,9 @@ class Settings:
         names = [model.name for model in self.models]
         if len(set(names)) < len(names):
             raise BenchError(f"a model is there twice: {', '.join(names)}")
+        for model in self.models:
+            if model.mmproj is None:
+                find_mmproj(model.path)
         for budget in self.budgets:
             parse_budget(budget)
         self.specs()
