@@ -23,8 +23,10 @@ MAY_IMPORT = {leaf: {"errors"} for leaf in LEAVES} | {
     "plan": {"native", "budget", "images", "metadata", "model", "context", "session", "errors"},
     "cues": {"chat", "context", "images", "model", "sampling"},
     "reread": {"chat", "context", "images", "items", "model"},
-    "session": LEAVES | {"context", "sampling", "pruning", "cues", "items", "patches", "reread", "usage", "errors"},
-    "usage": set(),
+    "pins": {"chat", "items", "pruning", "errors"},
+    "session": LEAVES
+    | {"context", "sampling", "pruning", "cues", "items", "patches", "pins", "reread", "usage", "errors"},
+    "usage": {"items"},
     "opening": LEAVES | {"context", "sampling", "pruning", "items", "session", "errors"},
 }
 
