@@ -85,7 +85,7 @@ def _reader(chat: Chat) -> Callable[[], str]:
         info = chat.session.model.info
         stdout().print(f"{info.name or info.path.name}, {cache_line(chat.session)}", markup=False)
         say("/help tells the commands")
-        return Editor(chat).read
+        return Editor([*COMMANDS, "exit", "quit"], lambda: len(chat.waiting)).read
     return read_lines
 
 

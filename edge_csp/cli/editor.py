@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-if TYPE_CHECKING:
-    from edge_csp.cli.chat import Chat
-
 
 class Editor:
     """Reads messages; Enter sends them."""
 
-    def __init__(self, chat: Chat) -> None:
-        from edge_csp.cli.chat import COMMANDS
-
-        self._chat = chat
-        words = [f"/{name}" for name in [*COMMANDS, "exit", "quit"]]
+    def __init__(self, commands: Iterable[str], n_waiting: Callable[[], int]) -> None:
+        """commands: without the slash. n_waiting: pictures that go with the next message."""
+        self._n_waiting = n_waiting
+        words = [f"/{name}" for name in commands]
         self._prompt: PromptSession[str] = PromptSession(
             history=_history(),
             key_bindings=_keys(),
@@ -39,7 +35,7 @@ class Editor:
 
         n_interrupt = 0
         while True:
-            n = len(self._chat.waiting)
+            n = self._n_waiting()
             try:
                 return self._prompt.prompt(f"({n} picture{'s' * (n > 1)}) > " if n else "> ")
             except KeyboardInterrupt:
