@@ -33,6 +33,7 @@ Progress = Callable[[str, float], None]
 
 EMBEDDING_CACHE_BYTES = 256 << 20
 """Embeddings that stay in memory, in front of the cache on disk."""
+_MARKER = "<__media__>"
 _KEY_VERSION = 1  # of what identifies an entry of the cache on disk
 
 
@@ -212,9 +213,9 @@ class VisionModel:
 
         if llama_cpp.llama_vocab_type(self._vocab) == llama_cpp.LLAMA_VOCAB_TYPE_NONE:  # llama.cpp would abort
             raise ModelError(f"{self.info.path} has no tokenizer")
-        if self._mtmd is None:
-            if pictures:
-                raise ModelError(f"{self.info.path} has no mmproj: it cannot read pictures")
+        if self._mtmd is None and pictures:
+            raise ModelError(f"{self.info.path} has no mmproj: it cannot read pictures")
+        if self._mtmd is None or not (pictures or _MARKER in text):  # libmtmd would do the same, in ten times the time
             tokens = self._tokenize_text(text, add_special)
             return [TokenPart(tokens)] if tokens else []
         return self._tokenize_mixed(text, pictures, add_special)

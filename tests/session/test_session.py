@@ -16,6 +16,7 @@ from PIL import Image
 from edge_csp import Context, Picture, Pruning, Sampling, Session, VisionModel, load_picture, make_policy, parse_budget
 from edge_csp.chat import ChatTemplate
 from edge_csp.errors import BudgetError, ContextError, ModelError, NativeError, TemplateError
+from edge_csp.model import TokenPart
 
 GREEDY = Sampling(temperature=0)
 
@@ -90,6 +91,16 @@ def test_cells_add_up_and_stay_in_the_budget(context: Context) -> None:
         assert all(p.kept <= p.n_cell for p in use.pictures)
         assert use.text_kept <= use.n_text
     assert chat.counters.n_evicted > 0
+
+
+@pytest.mark.parametrize("add_special", [False, True])
+def test_text_alone_is_tokenised_as_by_libmtmd(model: VisionModel, add_special: bool) -> None:
+    for text in ("", " ", "What?", "<|end|><|user|>Which digit?<|assistant|>", "é ß 🙂", "<__media__", "\n\n a  b"):
+        assert model.tokenize(text, add_special=add_special) == [
+            part for part in model._tokenize_mixed(text, (), add_special) if part != TokenPart(())
+        ]
+    with pytest.raises(ModelError, match="number of media markers"):
+        model.tokenize("What is <__media__>?", add_special=add_special)
 
 
 def test_policies(context: Context) -> None:
