@@ -165,8 +165,11 @@ class Pruner:
         """Raises BudgetError if prune() would; nothing is evicted."""
         if self.context.csp is None:
             return
-        target, layout = self._target(n_token), self._layout()
-        if self._evicts(target) and (layout.pinned or target < 1):
+        target = self._target(n_token)
+        if not self._evicts(target):
+            return
+        layout = self._layout()
+        if layout.pinned or target < 1:
             for layers in self.context.layer_groups():
                 self._protect_pinned(self.context.cells(layers)[0], target, layout)
 
