@@ -31,7 +31,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from edge_csp.errors import ImageError, TemplateError
-from edge_csp.images import MAX_SIDE, Picture, load_picture
+from edge_csp.images import MAX_SIDE, MEDIA_MARKER, Picture, load_picture
 
 __all__ = ["FALLBACK_TEMPLATE", "MEDIA_MARKER", "ChatTemplate", "Message", "PictureReader", "read_messages"]
 
@@ -39,8 +39,6 @@ Message = Mapping[str, Any]
 """{"role": str, "content": str | list of parts, ...}; parts are {"type": "text", "text": str} or
 {"type": "image", ...} ("image_url" is taken as well). Other keys are handed to the template as they are."""
 
-MEDIA_MARKER = "<__media__>"
-"""Stands for one picture in a rendered prompt; the default marker of libmtmd."""
 _HARMLESS_MARKER = "< __media__ >"
 
 FALLBACK_TEMPLATE = """\

@@ -21,12 +21,14 @@ from PIL import Image, UnidentifiedImageError
 
 from edge_csp.errors import ImageError
 
-__all__ = ["MAX_PIXELS", "MAX_SIDE", "Picture", "load_picture", "resize"]
+__all__ = ["MAX_PIXELS", "MAX_SIDE", "MEDIA_MARKER", "Picture", "load_picture", "resize"]
 
 MAX_SIDE = 4096
 """Longest side in pixels; larger pictures are resized."""
 MAX_PIXELS = 100_000_000
 """Pictures with more pixels are refused before they are decoded."""
+MEDIA_MARKER = "<__media__>"
+"""Stands for one picture in a rendered prompt; the default marker of libmtmd."""
 
 # Picture formats only: no EPS or WMF (Pillow starts other programs for them) and nothing without a signature.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000", "QOI")

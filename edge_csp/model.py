@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from edge_csp import native
 from edge_csp.embeddings import EmbeddingCache
 from edge_csp.errors import ModelError
-from edge_csp.images import Picture
+from edge_csp.images import MEDIA_MARKER, Picture
 from edge_csp.metadata import GgufInfo, check_pair, find_mmproj, read_info
 from edge_csp.rpc import Servers
 
@@ -33,7 +33,6 @@ Progress = Callable[[str, float], None]
 
 EMBEDDING_CACHE_BYTES = 256 << 20
 """Embeddings that stay in memory, in front of the cache on disk."""
-_MARKER = "<__media__>"
 _KEY_VERSION = 1  # of what identifies an entry of the cache on disk
 
 
@@ -215,7 +214,7 @@ class VisionModel:
             raise ModelError(f"{self.info.path} has no tokenizer")
         if self._mtmd is None and pictures:
             raise ModelError(f"{self.info.path} has no mmproj: it cannot read pictures")
-        if self._mtmd is None or not (pictures or _MARKER in text):  # libmtmd would do the same, in ten times the time
+        if self._mtmd is None or not (pictures or MEDIA_MARKER in text):  # libmtmd would do the same, and more slowly
             tokens = self._tokenize_text(text, add_special)
             return [TokenPart(tokens)] if tokens else []
         return self._tokenize_mixed(text, pictures, add_special)

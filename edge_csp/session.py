@@ -186,9 +186,7 @@ class Session:
         found = [look for look in looks(self.context, self._items) if look.share >= least and look.kept < LOST]
         if not found:
             return None
-        pictures = [
-            part["picture"] for message in messages for part in message_parts(message) if part["type"] == "image"
-        ]
+        pictures = message_pictures(messages)
         is_new = any(part["type"] == "image" for part in message_parts(messages[-1]))
         begin = 0 if is_new else self._end_of(messages[:-1], self._items)  # the question follows the last picture
         numbers = [look.number for look in found]
@@ -345,9 +343,7 @@ class Session:
         Text from an evaluated answer is not tokenised again, if that would change tokens before the answer: the model
         may have chosen others than the tokenizer, and cells that were pruned can only be kept as they are.
         """
-        pictures = [
-            part["picture"] for message in messages for part in message_parts(message) if part["type"] == "image"
-        ]
+        pictures = message_pictures(messages)
         known = [item.key[0] for item in self._items if isinstance(item.key, tuple) and item.key[1] == 0]
         n_char = common_text(self._text, text)
         n_picture = common_length(known, [picture.sha256 for picture in pictures])

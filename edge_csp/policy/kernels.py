@@ -1,7 +1,7 @@
 """Selection over the rows [n_layer, n_head_kv] of scores, in numpy and, where numba is installed, compiled.
 
-Both give the same cells. numba takes half the time or less, but a third of a second to import and load, and 107 MiB of
-memory, as much as 214 cells of a 7B model: it is imported when a process has selected very many rows.
+Both give the same cells. numba is faster, but takes time to import and load, and memory, as much as many cells of a 7B
+model: it is imported when a process has selected very many rows.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from edge_csp.bench.quality.albums import Album, Question, draw_album, normalise
 from edge_csp.bench.quality.protocols import PROTOCOLS
 from edge_csp.bench.quality.reading import Reading, chat_messages, open_context
 from edge_csp.budget import parse_budget
+from edge_csp.chat import Message
 from edge_csp.errors import BenchError
 from edge_csp.metadata import read_info
 from edge_csp.policy import CspPolicy, CuedQuotaPolicy, LookMPolicy
@@ -90,6 +92,27 @@ def said(session: Session) -> str:
     return "".join(session.generate(n_predict=N_PREDICT)).strip()
 
 
+def said_first(session: Session, pruning: Pruning, album: Album, messages: Sequence[Message]) -> str:
+    """The answer where everything is read, and then pruned."""
+    session.clear()
+    session.pruning = pruning
+    session.prefill(album.messages, add_generation_prompt=False)
+    session.prefill(messages)
+    session.prune()
+    return said(session)
+
+
+def said_before(session: Session, pruning: Pruning, album: Album, messages: Sequence[Message]) -> str:
+    """The answer where the album is pruned before the question is read."""
+    session.clear()
+    session.pruning = pruning
+    session.prefill(album.messages, add_generation_prompt=False)
+    session.prune()
+    session.pruning = Pruning()
+    session.prefill(messages)
+    return said(session)
+
+
 def test_first_before_and_later_are_what_sessions_answer(model: VisionModel, album: Album) -> None:
     """The harness puts states back and evicts cells chosen before; here everything is read and evicted as it comes."""
     found = measured(model, album, "csp", budgets=["10%"])
@@ -98,18 +121,9 @@ def test_first_before_and_later_are_what_sessions_answer(model: VisionModel, alb
     with session.context:
         first, before = [], []
         for question in album.questions:
-            session.clear()
-            session.pruning = pruning
-            session.prefill(album.messages, add_generation_prompt=False)
-            session.prefill([*album.messages, *chat_messages([question])])
-            session.prune()
-            first.append(said(session))
-            session.clear()
-            session.prefill(album.messages, add_generation_prompt=False)
-            session.prune()
-            session.pruning = Pruning()
-            session.prefill([*album.messages, *chat_messages([question])])
-            before.append(said(session))
+            messages = [*album.messages, *chat_messages([question])]
+            first.append(said_first(session, pruning, album, messages))
+            before.append(said_before(session, pruning, album, messages))
         assert answers(found, "first") == first
         assert answers(found, "before") == before
         chat, full = [], [record.full for record in found if record.protocol == "later"]
@@ -141,18 +155,8 @@ def test_merged_rows_are_those_of_sessions(model: VisionModel, album: Album) -> 
         first, before, window = [], [], []
         for question in album.questions:
             messages = [*album.messages, *chat_messages([question])]
-            session.clear()
-            session.pruning = pruning
-            session.prefill(album.messages, add_generation_prompt=False)
-            session.prefill(messages)
-            session.prune()
-            first.append(said(session))
-            session.clear()
-            session.prefill(album.messages, add_generation_prompt=False)
-            session.prune()
-            session.pruning = Pruning()
-            session.prefill(messages)
-            before.append(said(session))
+            first.append(said_first(session, pruning, album, messages))
+            before.append(said_before(session, pruning, album, messages))
             session.clear()
             session.pruning = pruning
             session.prefill(album.messages, add_generation_prompt=False)

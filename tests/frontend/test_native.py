@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
-import resource
 from pathlib import Path
 
 import numpy as np
@@ -28,4 +28,4 @@ def test_holes_in_the_heap_are_given_back() -> None:
 
 def resident() -> int:
     """Bytes of memory that this process has."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE

@@ -83,7 +83,7 @@ class Settings:
             raise BenchError(f"a model is there twice: {', '.join(names)}")
         for model in self.models:
             if model.mmproj is None:
-                find_mmproj(model.path)
+                find_mmproj(model.path)  # refuses where it is not clear, now and not when the model's turn comes
         for budget in self.budgets:
             parse_budget(budget)
         self.specs()
