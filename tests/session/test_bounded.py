@@ -74,8 +74,8 @@ def test_a_prompt_of_any_length_fits(context: Watched) -> None:
     assert use.n_cell <= context.most <= CELLS
     assert use.n_cell == pytest.approx(use.text_kept + sum(p.kept for p in use.pictures))
     assert chat.counters.n_evicted + use.n_cell == use.n_token
-    assert len(notices) == 1
     assert f"the cache of {CELLS} cells was full while reading: evicted " in notices[0]
+    assert len([notice for notice in notices if "reading" in notice]) == 1
 
 
 def test_an_answer_of_any_length_fits(context: Watched) -> None:
