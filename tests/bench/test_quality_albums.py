@@ -11,7 +11,7 @@ from PIL import Image
 
 from edge_csp import Pruning, VisionModel
 from edge_csp.bench.quality import specs
-from edge_csp.bench.quality.albums import Question, Shape, Source, album_files, draw_album, read_album
+from edge_csp.bench.quality.albums import AlbumSource, Question, Shape, album_files, draw_album, read_album
 from edge_csp.bench.quality.protocols import PROTOCOLS
 from edge_csp.bench.quality.specs import groups, parse_spec
 from edge_csp.errors import BenchError, EdgeCspError, ImageError, PolicyError
@@ -100,7 +100,7 @@ def test_folder_of_albums(tmp_path: Path, model: VisionModel) -> None:
     assert one.questions[0] == Question("color", "What color is picture 1?", ("Red.", "It is red."))
     assert one.questions[0].is_right("it is red")
     assert album_files(tmp_path / "a") == [tmp_path / "a" / "album.json"]
-    source = Source(1, 1, folder=tmp_path)
+    source = AlbumSource(1, 1, folder=tmp_path)
     assert source.shapes() == [Shape(1, 0, 1, 2)]
     digest = source.digest()
     write_album(tmp_path / "b", note="changed")

@@ -190,7 +190,7 @@ def test_cues_are_counted(model: VisionModel, album: Album) -> None:
     turns = [one for one in found if one.protocol == "bounded" and one.policy == "quota+"]
     assert [one.extra_picture for one in turns] == [1, *[1, 0] * 3]
     assert [one.extra_token > 0 for one in turns] == [one.extra_s > 0 for one in turns] == [True, *[True, False] * 3]
-    rows = [{"model": "demo", "n_picture": 4, "album": 0} | one.to_dict() for one in found]
+    rows = [{"model": "demo", "topic": "", "length": 0, "n_picture": 4, "album": 0} | one.to_dict() for one in found]
     costs = {(one.protocol, one.policy): one for one in stats.summarise(rows)}
     assert costs["before", "quota+"].extra_token == n_token / 4
     assert costs["bounded", "quota+"].extra_token == sum(one.extra_token for one in turns) / 4
