@@ -45,8 +45,13 @@ def quality(
         ),
     ] = None,
     budget: Annotated[
-        str, typer.Option("--budget", metavar="SIZES", help="What stays: shares of the prompt (20%) or cells (256).")
-    ] = "40%,20%,10%,5%",
+        str | None,
+        typer.Option(
+            "--budget",
+            metavar="SIZES",
+            help="What stays: shares of the prompt (20%) or cells (256) [default: 40%,20%,10%,5%; text: 40%,20%].",
+        ),
+    ] = None,
     policy: Annotated[
         list[str],
         typer.Option(
@@ -103,7 +108,7 @@ def quality(
     """Answers from pruned caches beside those of the full cache, on the same questions: accuracy, agreement, KL."""
     from edge_csp.bench.quality.albums import AlbumSource
     from edge_csp.bench.quality.protocols import PROTOCOLS
-    from edge_csp.bench.quality.run import Settings
+    from edge_csp.bench.quality.run import BUDGETS, Settings
     from edge_csp.bench.quality.specs import DEFAULTS, REFERENCE
 
     source: Source
@@ -111,18 +116,18 @@ def quality(
         from edge_csp.bench.quality import texts
 
         source = texts.TextSource(albums or 4, questions or 8, seed, _numbers("--lengths", lengths))
-        policies, protocols = texts.POLICIES, texts.PROTOCOLS
+        policies, protocols, budgets = texts.POLICIES, texts.PROTOCOLS, texts.BUDGETS
     elif task == "albums":
         numbers = () if folder else _numbers("--pictures", pictures)
         source = AlbumSource(albums or 12, questions or 24, seed, numbers, folder)
-        policies, protocols = DEFAULTS, PROTOCOLS
+        policies, protocols, budgets = DEFAULTS, PROTOCOLS, BUDGETS
     else:
         raise BenchError(f"--task {task!r} is unknown: use {' or '.join(TASKS)}")
     settings = Settings(
         models=_models(model or ["demo"], mmproj),
         source=source,
         policies=tuple(policy) or policies,
-        budgets=_names(budget),
+        budgets=budgets if budget is None else _names(budget),
         protocols=protocols if protocol is None else _names(protocol),
         n_predict=predict,
         n_job=jobs,

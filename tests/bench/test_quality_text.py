@@ -206,6 +206,31 @@ def test_continuing_is_what_decoding_says(text_model: VisionModel) -> None:
     assert found[0].full_nll == pytest.approx(-rows[np.arange(40), ahead[1:]].mean(), abs=0.01)
 
 
+# --- questions in the window ---
+
+
+def test_questions_about_text_need_no_second_reading_of_it(
+    text_model: VisionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cells that are chosen behind the state of the album are those of sessions that have read all of it."""
+    album = notes.facts_album("a", 100, 3, "seed")
+    policies, what = ("csp:pool=1", "quota", "keydiff", "random"), {"protocols": ["window"], "budgets": ["20%"]}
+    found = measured(text_model, album, *policies, **what)
+    monkeypatch.setattr(Reading, "_go_on", None)
+    init = Reading.__init__
+
+    def not_text(self: Reading, *given: Any) -> None:
+        init(self, *given)
+        self._is_text = False
+
+    monkeypatch.setattr(Reading, "__init__", not_text)
+    expected = measured(text_model, album, *policies, **what)
+    assert len(found) == len(expected) == 3 * len(policies)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.policy, one.question, one.n_cell) == (other.policy, other.question, other.n_cell)
+        assert one.kl == pytest.approx(other.kl, rel=0.1, abs=1e-3)
+
+
 # --- a run ---
 
 

@@ -98,8 +98,8 @@ RELATIONS = (
         "{n} was born in {v}.",
         "In which country was {n} born?",
         "{n} was born in",
-        "What is the home country of {n}?",
-        "The home country of {n} is",
+        "What is the birthplace of {n}?",
+        "The birthplace of {n} is",
         _words("Italy France Germany Spain Norway Brazil Japan Canada Egypt India Poland Greece"),
     ),
     Relation(
@@ -146,8 +146,8 @@ NEEDLES = (
         "The winner of the chess tournament came all the way from {v}.",
         "",
         "",
-        "What is the home country of the best chess player?",
-        "The home country of the best chess player is",
+        "From where did the best chess player travel?",
+        "The best chess player travelled from",
         _words("Norway Brazil Japan Canada Egypt India Poland Spain"),
     ),
     Relation(

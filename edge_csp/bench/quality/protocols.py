@@ -35,12 +35,11 @@ from edge_csp.bench.quality.reading import (
     Selection,
     ask_full,
     chat_numbers,
-    text_tokens,
+    read_again,
     turn_messages,
 )
 from edge_csp.bench.quality.specs import Spec, groups
 from edge_csp.budget import MIN_CELLS, Budget
-from edge_csp.chat import MEDIA_MARKER
 from edge_csp.context import Context
 from edge_csp.errors import BenchError
 from edge_csp.policy.base import IntArray
@@ -261,21 +260,11 @@ def ask_bounded(context: Context, album: Album, plan: Plan) -> Iterator[Record]:
             )
             with again.reading_again(session, chosen) as selections:
                 got = asked.answer(context, cache.log_probs(context), plan.n_predict)
-            _look_again(context, session.template.render(messages))
+            # the next eviction may look at the window, which the answer was in
+            n_evaluated = len(asked.begun) + len(asked.full.tokens)
+            if n_evaluated > context.n_window // 2 or "mass" in spec.pruning().policy.needs:
+                read_again(context, session.template.render(messages))
             yield asked.record("bounded", selections[0], got)
-
-
-def _look_again(context: Context, prompt: str) -> None:
-    """Put the last queries of the prompt back into the window, which those of the answer have pushed out: the next
-    eviction looks at it. Cells that were evicted from stay as they are; after that eviction there is room.
-    """
-    assert context.csp
-    info = context.csp.info(seq_id=context.seq_id)
-    last = text_tokens(context.model, prompt.rpartition(MEDIA_MARKER)[2])[-context.n_window :]
-    last = last[len(last) - min(len(last), info.n_cell - info.n_kept) :]
-    if last:
-        cache.rewind(context, context.n_past - len(last))
-        cache.decode(context, last)
 
 
 def _full_turns(context: Context, album: Album, n_predict: int) -> tuple[list[Asked], int]:

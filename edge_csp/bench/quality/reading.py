@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
 
 from edge_csp.bench.quality import cache
 from edge_csp.bench.quality.albums import Album, Question
 from edge_csp.bench.quality.cache import Answer, Floats, Kept, Reference, State
-from edge_csp.bench.quality.specs import Spec, n_window
+from edge_csp.bench.quality.specs import AFTERWARDS, Spec, n_window
 from edge_csp.budget import Budget
 from edge_csp.chat import MEDIA_MARKER, Message
 from edge_csp.context import Context
@@ -199,6 +199,8 @@ class Reading:
         self.n_token = session.n_token
         self.state: State = cache.save(context)
         self._asked: dict[int, Asked] = {}
+        self._going_on: dict[tuple[Any, ...], Session] = {}
+        self._is_text = all(part["type"] == "text" for message in self.messages for part in content_parts(message))
 
     def _text(self, questions: Sequence[Question], answers: Sequence[str] = ()) -> str:
         return self._template.render([*self.messages, *chat_messages(questions, answers)], bool(questions))
@@ -210,11 +212,30 @@ class Reading:
 
     def read(self, pruning: Pruning, question: Question | None = None) -> Session:
         """A session that has just read the album, and the question."""
+        if question and self._is_text and pruning.policy.needs <= AFTERWARDS:
+            return self._go_on(pruning, question)
         self.context.clear()
         session = Session(self.context, pruning=pruning)
         session.prefill(self.messages, add_generation_prompt=False)
         if question:
             session.prefill([*self.messages, *chat_messages([question])])
+        return session
+
+    def _go_on(self, pruning: Pruning, question: Question) -> Session:
+        """The same from the state behind the album, where nothing has to be known but the cells and the last queries:
+        text takes as long to read as many questions to answer.
+        """
+        context = self.context
+        settings = tuple(getattr(pruning, field.name) for field in fields(pruning) if field.name != "policy")
+        cache.restore(context, self.state)
+        if settings not in self._going_on:
+            self._going_on[settings] = self.read(pruning)
+        session = self._going_on[settings]
+        session.pruning = pruning
+        session.prefill(self.messages, add_generation_prompt=False)
+        messages = [*self.messages, *chat_messages([question])]
+        session.prefill(messages)
+        read_again(context, session.template.render(messages))
         return session
 
     def _tail(self, questions: Sequence[Question], answers: Sequence[str] = ()) -> tuple[int, ...]:
@@ -306,6 +327,19 @@ def _merged(session: Session, cells: IntArray) -> tuple[State, float]:
     for layer, kind, before in rows:
         context.set_rows(layer, kind, before)
     return state, seconds
+
+
+def read_again(context: Context, prompt: str) -> None:
+    """Put the last queries of the prompt back into the window, after others have pushed them out; as many as were read
+    since the last eviction.
+    """
+    assert context.csp
+    info = context.csp.info(seq_id=context.seq_id)
+    last = text_tokens(context.model, prompt.rpartition(MEDIA_MARKER)[2])[-context.n_window :]
+    last = last[len(last) - min(len(last), info.n_cell - info.n_kept) :]
+    if last:
+        cache.rewind(context, context.n_past - len(last))
+        cache.decode(context, last)
 
 
 def chat_numbers(n_question: int) -> list[range]:

@@ -27,6 +27,7 @@ from edge_csp.model import VisionModel
 SCHEMA = 1
 """Changes when a name in the records changes its meaning or goes away."""
 DIGEST_BYTES = 1 << 20
+BUDGETS = ("40%", "20%", "10%", "5%")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Settings:
     models: tuple[ModelFiles, ...]
     source: Source
     policies: tuple[str, ...]
-    budgets: tuple[str, ...] = ("40%", "20%", "10%", "5%")
+    budgets: tuple[str, ...] = BUDGETS
     protocols: tuple[str, ...] = PROTOCOLS
     n_predict: int = 24
     n_job: int = 1

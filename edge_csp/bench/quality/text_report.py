@@ -175,7 +175,15 @@ def markdown(found: TextSummaries) -> str:
             out += [_continue_tables(part)]
         for protocol in part.answers.protocols:
             out += [_answer_table(part, protocol)]
-    out += ["## By topic\n", *_by_topic(found)]
+    budgets = " / ".join(settings.budgets)
+    out += [
+        "## In detail\n",
+        f"Of all models, at {budgets}: KL, or right answers in percent of the questions that count; in brackets how "
+        "many these are.\n",
+    ]
+    out += [
+        _by(found, name, words) for name, words in (("topic", "Topics"), ("length", "Tokens"), ("kind", "Questions"))
+    ]
     out += [
         "## Cost\n",
         "Seconds of choosing and moving cells, per eviction (`bounded`: per turn), medians; with the tokens and "
@@ -261,28 +269,35 @@ def _answer_cell(one: Summary | None) -> str:
     return f"**{percent(one.accuracy)}** ({_interval(one.to_full, 1, 100, 100)}){_over(one)}<br>{one.kl:.3f}"
 
 
-def _by_topic(found: TextSummaries) -> list[str]:
-    """KL of passages and right answers, of all models, by topic, length and kind of question."""
-    out = []
-    for name, words in (("topic", "Topic"), ("length", "Tokens"), ("kind", "Questions")):
-        values = [one for one in dict.fromkeys(row[name] for row in found.records) if one != ""]
-        rows = []
-        for value in values:
-            rows_of = [row for row in found.records if row[name] == value]
-            part = TextSummaries(found.settings, rows_of, None)
-            rows += [[f"{value}", "continue (KL)", f"`{policy}`", *cells] for policy, cells in _kl_rows(part)]
-            rows += [
-                [f"{value}", protocol, f"`{policy}`", *(_short(one) for one in part.answers.row(protocol, policy))]
-                for protocol in part.answers.protocols
-                for policy in part.answers.policies(protocol)
+def _by(found: TextSummaries, name: str, words: str) -> str:
+    """KL of passages and percent of full, of all models, a column for each value that records have under a name."""
+    values = [one for one in dict.fromkeys(row[name] for row in found.records) if one != ""]
+    parts = [TextSummaries(found.settings, [row for row in found.records if row[name] == one], None) for one in values]
+    out = [f"### {words}\n"]
+    if any(part.continued for part in parts):
+        some = [(value, part) for value, part in zip(values, parts, strict=True) if part.continued]
+        rows = [
+            [f"`{policy}`", *(" / ".join(_short_kl(one) for one in _continued(part, policy)) for _, part in some)]
+            for policy in found.settings.policies
+        ]
+        out.append(markdown_table(["continue (KL)", *(f"{value}" for value, _ in some)], rows))
+    for protocol in found.answers.protocols:
+        some = [(value, part) for value, part in zip(values, parts, strict=True) if protocol in part.answers.protocols]
+        rows = [
+            [
+                f"`{policy}`",
+                *(" / ".join(_short(one) for one in part.answers.row(protocol, policy)) for _, part in some),
             ]
-        out.append(markdown_table([words, "protocol", "policy", *found.settings.budgets], rows))
-    return out
+            for policy in found.answers.policies(protocol)
+        ]
+        head = [f"{value} ({_n_counted(part, protocol)})" for value, part in some]
+        out.append(markdown_table([protocol, *head], rows))
+    return "\n".join(out)
 
 
-def _kl_rows(found: TextSummaries) -> list[tuple[str, list[str]]]:
-    rows = [(policy, [_short_kl(one) for one in _continued(found, policy)]) for policy in found.settings.policies]
-    return rows if found.continued else []
+def _n_counted(found: TextSummaries, protocol: str) -> int:
+    """Questions that the full cache gets right."""
+    return max(one.n for key, one in found.answers.found.items() if key[0] == protocol)
 
 
 def _cost_table(found: TextSummaries) -> str:

@@ -15,9 +15,13 @@ from edge_csp.errors import BenchError
 PASSAGES = ("prose", "code", "json", "chat")
 LEAST = 16
 """Tokens of a text."""
-PROTOCOLS = ("continue", "window", "before", "later", "bounded")
+PROTOCOLS: tuple[str, ...] = ("continue", "window", "before", "later", "bounded")
 """What is measured unless something else is asked for."""
-POLICIES = tuple(one for one in DEFAULTS if one.partition(":")[0] not in {"quota+", "lookm", DOWNSAMPLE})
+BUDGETS: tuple[str, ...] = ("40%", "20%")
+"""The same."""
+POLICIES: tuple[str, ...] = tuple(
+    one for one in DEFAULTS if one.partition(":")[0] not in {"quota+", "lookm", DOWNSAMPLE}
+)
 """The same; without pictures those that are left out are like others, or nothing at all."""
 
 
