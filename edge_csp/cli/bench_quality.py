@@ -113,6 +113,8 @@ def quality(
 
     source: Source
     if task == "text":
+        if not model:
+            raise BenchError("--task text is about models that know English: name some (-m)")
         from edge_csp.bench.quality import texts
 
         source = texts.TextSource(albums or 4, questions or 8, seed, _numbers("--lengths", lengths))

@@ -109,6 +109,17 @@ def test_folder_of_albums(tmp_path: Path, model: VisionModel) -> None:
     assert [len(answers(found, protocol)) for protocol in PROTOCOLS] == [2] * 5
 
 
+def test_how_answers_are_judged_and_begin(tmp_path: Path) -> None:
+    own = {"q": "Who?", "a": "Max", "judge": "token", "prefix": "It is"}
+    folder = write_album(tmp_path, judge="contains", questions=[own, {"q": "Hello?", "a": "Hi"}])
+    album = read_album(folder / "album.json")
+    assert album.questions == [
+        Question("", "Who?", ("Max",), "token", "It is"),
+        Question("", "Hello?", ("Hi",), "contains"),
+    ]
+    assert {turn.question.judge for turn in album.turns} == {"contains"}
+
+
 def test_embedded_album_is_such_a_folder() -> None:
     album = read_album(Path(__file__).parents[2] / "edge_csp" / "demo" / "album" / "album.json")
     assert (album.n_picture, len(album.questions), len(album.turns)) == (12, 22, 0)
@@ -124,6 +135,7 @@ def test_embedded_album_is_such_a_folder() -> None:
         ({"questions": [{"q": "What?", "a": [1]}]}, "answer of 'What"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "audio"),
         ({"messages": 3}, "is no album"),
+        ({"judge": "strictly"}, "judge is 'strictly'"),
     ],
 )
 def test_albums_that_are_none(tmp_path: Path, change: dict[str, Any], words: str) -> None:

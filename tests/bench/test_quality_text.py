@@ -321,11 +321,12 @@ def test_command(text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     ("arguments", "words"),
     [
         (["--task", "poems"], "poems"),
-        (["--task", "text", "--lengths", "few"], "--lengths 'few'"),
-        (["--task", "text", "--lengths", "3"], "16 tokens or more"),
-        (["--task", "text", "--policy", "downsample"], "downsample: there is nothing"),
+        (["--task", "text"], "know English"),
+        (["--task", "text", "-m", "x.gguf", "--lengths", "few"], "--lengths 'few'"),
+        (["--task", "text", "-m", "x.gguf", "--lengths", "3"], "16 tokens or more"),
+        (["--task", "text", "-m", "x.gguf", "--policy", "downsample"], "downsample: there is nothing"),
         (["--protocol", "continue"], "continue: there is nothing"),
-        (["--task", "text", "--questions", "1000"], "240 facts"),
+        (["--task", "text", "-m", "x.gguf", "--questions", "1000"], "240 facts"),
     ],
 )
 def test_errors_take_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
