@@ -23,6 +23,8 @@ DEPTHS = (10, 30, 50, 70, 90)
 """Where needles are, in percent of the text."""
 N_TURN = 20
 """Turns of a chat in which something is told."""
+N_TOGETHER = 5
+"""Turns that are reported together."""
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -313,6 +315,8 @@ def talk_album(name: str, n_token: int, seed: str) -> Album:
         question = new.question(other_words=bool(number % 2), kind="new")
         turns.append(Turn([{"type": "text", "text": told}], question))
     for number in generator.sample(range(N_TURN), N_TURN):
-        question = facts[2 * number + 1].question(other_words=bool(generator.getrandbits(1)), kind="old")
+        other_words, first = bool(generator.getrandbits(1)), number // N_TOGETHER * N_TOGETHER + 1
+        kind = f"turns {first}-{first + N_TOGETHER - 1}"
+        question = facts[2 * number + 1].question(other_words=other_words, kind=kind)
         turns.append(Turn([], question))
     return Album(name, 0, [], [], turns)

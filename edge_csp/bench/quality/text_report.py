@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -80,32 +81,32 @@ class TextSummaries:
 
     def verdicts(self) -> list[Verdict]:
         """For every protocol and budget; policies with more cells than the budget do not count."""
-        found = [self._verdict_continue(budget) for budget in self.settings.budgets]
+        budgets, answers = self.settings.budgets, self.answers.found
+        found = [self._verdict("continue", budget, _at(self.continued, budget)) for budget in budgets]
         for protocol in self.answers.protocols:
-            found += [self._verdict(protocol, budget) for budget in self.settings.budgets]
+            of_protocol = {key: one for key, one in answers.items() if key[0] == protocol}
+            found += [self._verdict(protocol, budget, _at(of_protocol, budget)) for budget in budgets]
         return [one for one in found if one is not None]
 
-    def _verdict(self, protocol: str, budget: str) -> Verdict | None:
-        ones = [one for key, one in self.answers.found.items() if (key[0], key[2]) == (protocol, budget)]
+    def _verdict(self, protocol: str, budget: str, ones: Sequence[Summary | Continuation]) -> Verdict | None:
         own = next((one for one in ones if one.policy == self.against), None)
         others = [one for one in ones if one is not own and not one.is_over and one.to_reference]
         if own is None or not others:
             return None
-        best = max(others, key=lambda one: one.accuracy)
+        sign = -1 if protocol == "continue" else 1
+        best = max(others, key=lambda one: sign * _figure(one))
         assert best.to_reference
-        ahead_by = _times(best.to_reference, 100)
-        return Verdict(self.model, protocol, budget, 100 * own.accuracy, best.policy, 100 * best.accuracy, ahead_by)
+        ahead_by = _times(best.to_reference, -1 if protocol == "continue" else 100)
+        return Verdict(self.model, protocol, budget, _figure(own), best.policy, _figure(best), ahead_by)
 
-    def _verdict_continue(self, budget: str) -> Verdict | None:
-        ones = [one for key, one in self.continued.items() if key[1] == budget]
-        own = next((one for one in ones if one.policy == self.against), None)
-        others = [one for one in ones if one is not own and not one.is_over and one.to_reference]
-        if own is None or not others:
-            return None
-        best = min(others, key=lambda one: one.kl.mean)
-        assert best.to_reference
-        ahead_by = _times(best.to_reference, -1)
-        return Verdict(self.model, "continue", budget, own.kl.mean, best.policy, best.kl.mean, ahead_by)
+
+def _at(found: Mapping[Any, Summary] | Mapping[Any, Continuation], budget: str) -> list[Summary | Continuation]:
+    return [one for one in found.values() if one.budget == budget]
+
+
+def _figure(one: Summary | Continuation) -> float:
+    """KL, or percent of full."""
+    return one.kl.mean if isinstance(one, Continuation) else 100 * one.accuracy
 
 
 def _times(difference: Difference, factor: float) -> Difference:
