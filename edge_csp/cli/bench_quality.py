@@ -15,9 +15,10 @@ from edge_csp.errors import BenchError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from edge_csp.bench.quality.albums import Source
     from edge_csp.bench.quality.run import ModelFiles, Settings
 
-PROTOCOLS = "window,first,before,later,bounded"
+TASKS = ("albums", "text")
 
 
 def quality(
@@ -31,12 +32,26 @@ def quality(
             "--mmproj", metavar="FILE", help="GGUF that reads pictures, one for each -m; default: the one beside it."
         ),
     ] = [],  # noqa: B006
+    task: Annotated[
+        str, typer.Option("--task", metavar="NAME", help="What is read: albums (of pictures) or text.")
+    ] = "albums",
     protocol: Annotated[
-        str, typer.Option("--protocol", metavar="NAMES", help="When cells are evicted and what is asked then.")
-    ] = PROTOCOLS,
+        str | None,
+        typer.Option(
+            "--protocol",
+            metavar="NAMES",
+            help="When cells are evicted and what is asked then [default: window,first,before,later,bounded; "
+            "text: continue,window,before,later,bounded].",
+        ),
+    ] = None,
     budget: Annotated[
-        str, typer.Option("--budget", metavar="SIZES", help="What stays: shares of the prompt (20%) or cells (256).")
-    ] = "40%,20%,10%,5%",
+        str | None,
+        typer.Option(
+            "--budget",
+            metavar="SIZES",
+            help="What stays: shares of the prompt (20%) or cells (256) [default: 40%,20%,10%,5%; text: 40%,20%].",
+        ),
+    ] = None,
     policy: Annotated[
         list[str],
         typer.Option(
@@ -50,12 +65,24 @@ def quality(
         typer.Option("--against", metavar="SPEC", help="Policy that all others are compared with; by default blend."),
     ] = None,
     pictures: Annotated[str, typer.Option("--pictures", metavar="N,N…", help="Pictures of the drawn albums.")] = "8,12",
+    lengths: Annotated[
+        str, typer.Option("--lengths", metavar="N,N…", help="text: tokens of the texts, about.")
+    ] = "1000,2000",
     albums: Annotated[
-        int, typer.Option("--albums", metavar="N", min=1, help="Albums of each size, or of the folder at most.")
-    ] = 12,
+        int | None,
+        typer.Option(
+            "--albums",
+            metavar="N",
+            min=1,
+            help="Albums of each size, or of the folder at most [default: 12; text: 4 of each topic and length].",
+        ),
+    ] = None,
     questions: Annotated[
-        int, typer.Option("--questions", metavar="N", min=1, help="Questions about an album, at most.")
-    ] = 24,
+        int | None,
+        typer.Option(
+            "--questions", metavar="N", min=1, help="Questions about an album, at most [default: 24; text: 8]."
+        ),
+    ] = None,
     folder: Annotated[
         Path | None, typer.Option("--folder", metavar="FOLDER", help="Your own pictures and questions (docs/bench.md).")
     ] = None,
@@ -79,16 +106,31 @@ def quality(
     ] = None,
 ) -> None:
     """Answers from pruned caches beside those of the full cache, on the same questions: accuracy, agreement, KL."""
-    from edge_csp.bench.quality.albums import Source
-    from edge_csp.bench.quality.run import Settings
+    from edge_csp.bench.quality.albums import AlbumSource
+    from edge_csp.bench.quality.protocols import PROTOCOLS
+    from edge_csp.bench.quality.run import BUDGETS, Settings
     from edge_csp.bench.quality.specs import DEFAULTS, REFERENCE
 
+    source: Source
+    if task == "text":
+        if not model:
+            raise BenchError("--task text is about models that know English: name some (-m)")
+        from edge_csp.bench.quality import texts
+
+        source = texts.TextSource(albums or 4, questions or 8, seed, _numbers("--lengths", lengths))
+        policies, protocols, budgets = texts.POLICIES, texts.PROTOCOLS, texts.BUDGETS
+    elif task == "albums":
+        numbers = () if folder else _numbers("--pictures", pictures)
+        source = AlbumSource(albums or 12, questions or 24, seed, numbers, folder)
+        policies, protocols, budgets = DEFAULTS, PROTOCOLS, BUDGETS
+    else:
+        raise BenchError(f"--task {task!r} is unknown: use {' or '.join(TASKS)}")
     settings = Settings(
         models=_models(model or ["demo"], mmproj),
-        source=Source(albums, questions, seed, () if folder else _numbers(pictures), folder),
-        policies=tuple(policy) or DEFAULTS,
-        budgets=_names(budget),
-        protocols=_names(protocol),
+        source=source,
+        policies=tuple(policy) or policies,
+        budgets=budgets if budget is None else _names(budget),
+        protocols=protocols if protocol is None else _names(protocol),
         n_predict=predict,
         n_job=jobs,
         n_thread=threads,
@@ -105,7 +147,9 @@ def _run(
     settings: Settings, out: Path | None, limit: int | None, against: str | None, report: Path | None, plot: Path | None
 ) -> None:
     from edge_csp.bench.quality import report as reports
+    from edge_csp.bench.quality import text_report
     from edge_csp.bench.quality.run import run
+    from edge_csp.bench.quality.texts import TextSource
     from edge_csp.bench.report import can_plot
     from edge_csp.cli.render import say, stdout
 
@@ -115,12 +159,15 @@ def _run(
     with _progress() as progress:
         records = run(settings, out, limit=limit, on_progress=progress)
     found = reports.Summaries(settings, records, against)
-    table, console = reports.table(found), stdout()
+    about_text = None
+    if isinstance(settings.source, TextSource):
+        about_text = text_report.TextSummaries(settings, records, against)
+    table, console = text_report.table(about_text) if about_text else reports.table(found), stdout()
     width = console.measure(table, options=console.options.update(max_width=1000)).maximum
     console.width = max(console.width, width)  # a policy may have many settings
     console.print(table)
     if report:
-        _write(report, reports.markdown(found))
+        _write(report, text_report.markdown(about_text) if about_text else reports.markdown(found))
     if plot:
         reports.write_plot(plot, found)
 
@@ -165,11 +212,11 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _numbers(option: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(sorted({int(number) for number in text.split(",")}))
     except ValueError:
-        raise BenchError(f"--pictures {text!r} are not whole numbers with commas between them") from None
+        raise BenchError(f"{option} {text!r} are not whole numbers with commas between them") from None
 
 
 def _write(path: Path, text: str) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from edge_csp import Pruning, VisionModel
 from edge_csp.bench.quality import specs
-from edge_csp.bench.quality.albums import Question, Shape, Source, album_files, draw_album, read_album
+from edge_csp.bench.quality.albums import AlbumSource, Question, Shape, album_files, draw_album, read_album
 from edge_csp.bench.quality.protocols import PROTOCOLS
 from edge_csp.bench.quality.specs import groups, parse_spec
 from edge_csp.errors import BenchError, EdgeCspError, ImageError, PolicyError
@@ -100,13 +100,24 @@ def test_folder_of_albums(tmp_path: Path, model: VisionModel) -> None:
     assert one.questions[0] == Question("color", "What color is picture 1?", ("Red.", "It is red."))
     assert one.questions[0].is_right("it is red")
     assert album_files(tmp_path / "a") == [tmp_path / "a" / "album.json"]
-    source = Source(1, 1, folder=tmp_path)
+    source = AlbumSource(1, 1, folder=tmp_path)
     assert source.shapes() == [Shape(1, 0, 1, 2)]
     digest = source.digest()
     write_album(tmp_path / "b", note="changed")
     assert source.digest() != digest
     found = measured(model, one, "csp", budgets=["50%"])
     assert [len(answers(found, protocol)) for protocol in PROTOCOLS] == [2] * 5
+
+
+def test_how_answers_are_judged_and_begin(tmp_path: Path) -> None:
+    own = {"q": "Who?", "a": "Max", "judge": "token", "prefix": "It is"}
+    folder = write_album(tmp_path, judge="contains", questions=[own, {"q": "Hello?", "a": "Hi"}])
+    album = read_album(folder / "album.json")
+    assert album.questions == [
+        Question("", "Who?", ("Max",), "token", "It is"),
+        Question("", "Hello?", ("Hi",), "contains"),
+    ]
+    assert {turn.question.judge for turn in album.turns} == {"contains"}
 
 
 def test_embedded_album_is_such_a_folder() -> None:
@@ -124,6 +135,7 @@ def test_embedded_album_is_such_a_folder() -> None:
         ({"questions": [{"q": "What?", "a": [1]}]}, "answer of 'What"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "audio"),
         ({"messages": 3}, "is no album"),
+        ({"judge": "strictly"}, "judge is 'strictly'"),
     ],
 )
 def test_albums_that_are_none(tmp_path: Path, change: dict[str, Any], words: str) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from edge_csp import Session
 from edge_csp.bench.quality import cache, downsample, records, report, run
-from edge_csp.bench.quality.albums import Source
+from edge_csp.bench.quality.albums import AlbumSource
 from edge_csp.cli import main
 from edge_csp.errors import BenchError, EdgeCspError
 from tests.bench.quality import N_PREDICT
@@ -23,7 +23,7 @@ TIMES = ("evict_s", "extra_s")
 @pytest.fixture(scope="module")
 def settings(demo_files: tuple[Path, Path]) -> run.Settings:
     models = (run.ModelFiles("demo", *demo_files),)
-    source = Source(n_album=2, n_question=8, n_pictures=(2,))
+    source = AlbumSource(n_album=2, n_question=8, n_pictures=(2,))
     return run.Settings(models, source, ("full", "csp", "downsample"), ("20%",), n_predict=N_PREDICT)
 
 

@@ -52,9 +52,27 @@ def test_one_album_has_no_interval() -> None:
 
 def record(policy: str, question: int, right: bool, **what: Any) -> dict[str, Any]:
     own = Record(
-        "later", policy, "20%", question, question, "", 100, 20, 20, 5.0, 15.0, "x", "y", right, True, right, 0.5, 0.01
+        protocol="later",
+        policy=policy,
+        budget="20%",
+        question=question,
+        turn=question,
+        kind="",
+        n_token=100,
+        n_budget=20,
+        n_cell=20,
+        kept_text=5.0,
+        kept_picture=15.0,
+        answer="x",
+        full="y",
+        right=right,
+        full_right=True,
+        same=right,
+        kl=0.5,
+        evict_s=0.01,
     )
-    return {"model": "demo", "n_picture": 4, "album": question % 2} | own.to_dict() | what
+    about = {"model": "demo", "topic": "", "length": 0, "n_picture": 4, "album": question % 2}
+    return about | own.to_dict() | what
 
 
 def test_summary_pairs_questions_and_sets_the_first_apart() -> None:

@@ -46,7 +46,7 @@ def ask_later(reading: Reading, pair: Pair) -> Iterator[Record]:
         chosen, seconds = _evict(reading, session, pair, session.n_token)
         for asked in chat:
             if asked.turn:
-                questions, answers = [one.question for one in chat], [one.full.text for one in chat]
+                questions, answers = [one.question for one in chat], [one.said for one in chat]
                 session.prefill([*reading.messages, *chat_messages(questions[: asked.turn + 1], answers[: asked.turn])])
             yield _answer(reading, session, "later", chosen, asked, seconds)
 
@@ -65,5 +65,5 @@ def _answer(
     if session.counters.n_restart:
         raise BenchError(f"{asked.question.text!r} changes the prompt before it: the chat template cannot be measured")
     with reading_again(session, chosen) as selections:
-        got = cache.answer(reading.context, cache.log_probs(reading.context), asked.full, reading.n_predict)
+        got = asked.answer(reading.context, cache.log_probs(reading.context), reading.n_predict)
     return asked.record(protocol, selections[0], got, seconds)

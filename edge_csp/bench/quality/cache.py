@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,9 @@ from edge_csp.errors import BenchError, NativeError
 from edge_csp.policy.base import IntArray
 
 Floats = NDArray[np.float64]
+Predictions = NDArray[np.float32]
+N_PREDICTED = 32
+"""Tokens that are evaluated at once where something is expected after each: logits of large vocabularies are large."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,47 @@ def log_probs(context: Context) -> Floats:
 def kl(p: Floats, q: Floats) -> float:
     """KL divergence of log-probabilities, KL(p || q) in nats."""
     return max(0.0, float((np.exp(p) * (p - q)).sum()))
+
+
+def predictions(context: Context, tokens: tuple[int, ...]) -> Predictions:
+    """Evaluate text; log-probabilities after each of its tokens, f32 [n_token, n_vocab]. The text is taken back."""
+    n_past = context.n_past
+    found = np.empty((len(tokens), context.model.n_vocab), np.float32)
+    for begin in range(0, len(tokens), N_PREDICTED):
+        some = tokens[begin : begin + N_PREDICTED]
+        rows = found[begin : begin + len(some)]
+        rows[:] = _logits(context, some)
+        rows -= rows.max(axis=1, keepdims=True)
+        rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
+    rewind(context, n_past)
+    return found
+
+
+def _logits(context: Context, tokens: tuple[int, ...]) -> Predictions:
+    """Evaluate text as Context.decode_tokens() does, with the logits after every token, f32 [n_token, n_vocab]."""
+    import llama_cpp
+
+    n = len(tokens)
+    seq_id = ctypes.pointer(ctypes.c_int32(context.seq_id))
+    batch: Any = llama_cpp.llama_batch()
+    batch.n_tokens = n
+    batch.token = (ctypes.c_int32 * n)(*tokens)
+    batch.pos = (ctypes.c_int32 * n)(*range(context.n_past, context.n_past + n))
+    batch.n_seq_id = (ctypes.c_int32 * n)(*[1] * n)
+    batch.seq_id = (ctypes.POINTER(ctypes.c_int32) * n)(*[seq_id] * n)
+    batch.logits = (ctypes.c_int8 * n)(*[1] * n)
+    native.clear_log_errors()
+    if status := llama_cpp.llama_decode(context.handle, batch):
+        raise NativeError(f"llama.cpp failed to evaluate: {native.last_log_error()}", status=status)
+    context.n_past += n
+    found = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context.handle), (n, context.model.n_vocab))
+    return found.copy()
+
+
+def kl_rows(p: Predictions, q: Predictions) -> Floats:
+    """KL divergence of every row of log-probabilities, KL(p || q) in nats, f64 [n]."""
+    rows = [kl(a.astype(np.float64), b.astype(np.float64)) for a, b in zip(p, q, strict=True)]
+    return np.array(rows)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ first    As the runtime does it: the album and the question are read, which give
 before   The album is read and pruned; then questions come, each on its own.
 later    As `first`, then further questions in the same chat, without another eviction. The answers in the chat are
          those of the full cache, so that all policies are asked the same.
+continue Text is read and pruned; then it goes on, and all that is asked is what comes next (continuing.py).
 bounded  A long conversation in a bounded cache, which evicts while it reads; a picture arrives, a question about it
          follows, then one about something older. The answers in the chat are again those of the full cache.
 
@@ -23,7 +24,20 @@ from dataclasses import dataclass, replace
 from edge_csp.bench.quality import again, cache, downsample
 from edge_csp.bench.quality.albums import Album
 from edge_csp.bench.quality.cache import State
-from edge_csp.bench.quality.reading import FULL, Asked, Pair, Reading, Record, Selection, chat_numbers, turn_messages
+from edge_csp.bench.quality.continuing import Continuing
+from edge_csp.bench.quality.reading import (
+    FULL,
+    Asked,
+    Measured,
+    Pair,
+    Reading,
+    Record,
+    Selection,
+    ask_full,
+    chat_numbers,
+    read_again,
+    turn_messages,
+)
 from edge_csp.bench.quality.specs import Spec, groups
 from edge_csp.budget import MIN_CELLS, Budget
 from edge_csp.context import Context
@@ -32,6 +46,8 @@ from edge_csp.policy.base import IntArray
 from edge_csp.session import Session
 
 PROTOCOLS = ("window", "first", "before", "later", "bounded")
+EVERY = ("continue", *PROTOCOLS)
+"""With the one that has no questions."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +76,17 @@ class Plan:
         return [pair for pair in every if self.lacks(pair, numbers)]
 
 
-def measure(context: Context, album: Album, plan: Plan) -> Iterator[Record]:
+def measure(context: Context, album: Album, plan: Plan) -> Iterator[Measured]:
     """Every answer that is missing on an album."""
     for record in _measure(context, album, plan):
         if plan.wanted(record.protocol, record.policy, record.budget, record.question):
             yield record
 
 
-def _measure(context: Context, album: Album, plan: Plan) -> Iterator[Record]:
-    if album.questions and set(plan.protocols) - {"bounded"}:
+def _measure(context: Context, album: Album, plan: Plan) -> Iterator[Measured]:
+    if album.passage and "continue" in plan.protocols:
+        yield from go_on(context, album, plan)
+    if album.questions and set(plan.protocols) - {"bounded", "continue"}:
         reading = Reading(context, album, plan.n_predict)
         for group in groups(plan.specs):
             now = replace(plan, protocols=set(plan.protocols) - {"before", "later"}) if group[0].rereads else plan
@@ -81,6 +99,16 @@ def _measure(context: Context, album: Album, plan: Plan) -> Iterator[Record]:
                 yield from ask_again(reading, plan, spec)
     if album.turns and "bounded" in plan.protocols:
         yield from ask_bounded(context, album, plan)
+
+
+def go_on(context: Context, album: Album, plan: Plan) -> Iterator[Measured]:
+    """`continue`: the passage is read and pruned, and its continuation given."""
+    assert album.passage
+    pairs = [plan.pairs(group, {"continue": [0]}) for group in groups(plan.specs)]
+    if any(pairs):
+        passage = Continuing(context, album.passage)
+        for some in filter(None, pairs):
+            yield from passage.measure(some)
 
 
 def ask_now(reading: Reading, plan: Plan, group: Sequence[Spec]) -> Iterator[Record]:
@@ -120,7 +148,7 @@ def ask_window(reading: Reading, before_last: State, chosen: Selection, asked: A
     if chosen.merged:
         cache.rewind(context, before_last.n_past)
     seconds = _keep(context, None if chosen.cells is None else chosen.cells[..., :-1])
-    got = cache.answer(context, cache.decode(context, asked.tail[-1:]), asked.full, reading.n_predict)
+    got = asked.answer(context, cache.decode(context, asked.tail[-1:]), reading.n_predict)
     return asked.record("window", chosen, got, seconds)
 
 
@@ -137,7 +165,7 @@ def ask_first(
     for asked in chat:
         if asked.turn:
             now = cache.decode(context, asked.tail)
-        got = cache.answer(context, now, asked.full, reading.n_predict)
+        got = asked.answer(context, now, reading.n_predict)
         yield asked.record(protocol, chosen, got, seconds)
 
 
@@ -152,7 +180,7 @@ def ask_before(reading: Reading, plan: Plan, group: Sequence[Spec]) -> Iterator[
         cache.restore(context, chosen.merged or reading.state)
         seconds = _keep(context, chosen.cells)
         for asked in every:
-            got = cache.answer(context, cache.decode(context, asked.tail), asked.full, reading.n_predict)
+            got = asked.answer(context, cache.decode(context, asked.tail), reading.n_predict)
             cache.rewind(context, reading.state.n_past)
             yield asked.record("before", chosen, got, seconds)
 
@@ -178,11 +206,11 @@ def ask_downsampled(reading: Reading, plan: Plan, spec: Spec) -> Iterator[Record
     """Fewer picture tokens, as many as fit into the cells of a budget beside all text, and at least one of a picture.
     Nothing is evicted: the protocols differ in the budget and in what was asked before.
     """
-    numbers = range(len(reading.album.questions))
-    if not plan.pairs([spec], dict.fromkeys(set(plan.protocols) - {"bounded"}, numbers)):
+    numbers, protocols = range(len(reading.album.questions)), set(plan.protocols) - {"bounded", "continue"}
+    if not plan.pairs([spec], dict.fromkeys(protocols, numbers)):
         return
     context, album = reading.context, downsample.Shrunk(reading)
-    for protocol in (name for name in PROTOCOLS if name in plan.protocols and name != "bounded"):
+    for protocol in (name for name in PROTOCOLS if name in protocols):
         every = reading.chats.values() if protocol == "later" else [[reading.asked(number)] for number in numbers]
         for chat in every:
             n_tail = 0 if protocol == "before" else len(chat[0].tail)
@@ -194,7 +222,7 @@ def ask_downsampled(reading: Reading, plan: Plan, spec: Spec) -> Iterator[Record
                 chosen = Selection(spec, budget, None, n_token, n_budget, n_cell, kept, extra_s=seconds)
                 for asked in chat:
                     now = cache.decode(context, asked.tail)
-                    got = cache.answer(context, now, asked.full, reading.n_predict)
+                    got = asked.answer(context, now, reading.n_predict)
                     yield asked.record(protocol, chosen, got)
 
 
@@ -211,7 +239,8 @@ def ask_bounded(context: Context, album: Album, plan: Plan) -> Iterator[Record]:
         session = Session(context, pruning=spec.pruning(None if spec.keeps_all else n_budget))
         for asked in every:
             before = replace(session.counters)
-            session.prefill(turn_messages(album, asked.number + 1, every))
+            messages = turn_messages(album, asked.number + 1, every)
+            session.prefill(messages)
             session.prune()
             _, tags = context.cells()
             chosen = Selection(
@@ -230,7 +259,11 @@ def ask_bounded(context: Context, album: Album, plan: Plan) -> Iterator[Record]:
                 else 0,
             )
             with again.reading_again(session, chosen) as selections:
-                got = cache.answer(context, cache.log_probs(context), asked.full, plan.n_predict)
+                got = asked.answer(context, cache.log_probs(context), plan.n_predict)
+            # the next eviction may look at the window, which the answer was in
+            n_evaluated = len(asked.begun) + len(asked.full.tokens)
+            if n_evaluated > context.n_window // 2 or "mass" in spec.pruning().policy.needs:
+                read_again(context, session.template.render(messages))
             yield asked.record("bounded", selections[0], got)
 
 
@@ -240,7 +273,8 @@ def _full_turns(context: Context, album: Album, n_predict: int) -> tuple[list[As
     session = Session(context, pruning=FULL)
     every: list[Asked] = []
     for number, turn in enumerate(album.turns):
-        session.prefill(turn_messages(album, number + 1, every))
-        full = cache.reference(context, cache.log_probs(context), n_predict)
-        every.append(Asked(number, turn.question, (), full, number))
+        messages = turn_messages(album, number + 1, every)
+        session.prefill(messages)
+        now, prompt = cache.log_probs(context), session.template.render(messages)
+        every.append(ask_full(context, turn.question, (), now, n_predict, prompt=prompt, number=number, turn=number))
     return every, session.n_token

@@ -13,9 +13,11 @@ from typing import Any, TextIO
 
 from edge_csp.errors import BenchError
 
-Key = tuple[str, int, int, str, str, str, int]
-KEY = ("model", "n_picture", "album", "protocol", "policy", "budget", "question")
+Key = tuple[str, str, int, int, int, str, str, str, int]
+KEY = ("model", "topic", "length", "n_picture", "album", "protocol", "policy", "budget", "question")
 """Fields that tell one record from all others."""
+NO_TEXT = {"topic": "", "length": 0}
+"""In records of albums of pictures, and of files from before there were others."""
 
 
 def key_of(record: dict[str, Any]) -> Key:
@@ -56,6 +58,7 @@ class Records:
                 if "settings" in found:
                     self._compare(found["settings"])
                 else:
+                    found = NO_TEXT | found
                     key_of(found)
                     self.records.append(found)
             except (ValueError, KeyError, TypeError, AttributeError) as error:

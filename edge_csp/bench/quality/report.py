@@ -78,13 +78,13 @@ def table(found: Summaries) -> Table:
     for budget in found.settings.budgets:
         out.add_column(budget, justify="right", no_wrap=True)
     for protocol in found.protocols:
-        out.add_row(f"[bold]{protocol}[/bold] (full {percent(_full(found, protocol))})")
+        out.add_row(f"[bold]{protocol}[/bold] (full {percent(full_accuracy(found, protocol))})")
         for policy in found.policies(protocol):
             out.add_row(f"  {policy}", *(_short(one) for one in found.row(protocol, policy)))
     return out
 
 
-def _full(found: Summaries, protocol: str) -> float:
+def full_accuracy(found: Summaries, protocol: str) -> float:
     """Accuracy of the full cache, on the questions of the policy that answered most."""
     return max((one for key, one in found.found.items() if key[0] == protocol), key=lambda one: one.n).full
 
@@ -115,18 +115,14 @@ def _marks(one: Summary) -> str:
 
 def command(found: Summaries) -> str:
     """That measures the same; models by their paths where these hold elsewhere, or by the names in records."""
-    settings, source = found.settings, found.settings.source
+    settings = found.settings
     words = ["edge-csp", "bench", "quality"]
     for model in settings.models:
         words += ["-m", model.name if model.path.is_absolute() else model.path.as_posix()]
     for policy in settings.policies:
         words += ["--policy", policy]
     words += ["--protocol", ",".join(settings.protocols), "--budget", ",".join(settings.budgets)]
-    if source.folder:
-        words += ["--folder", source.folder.name]
-    else:
-        words += ["--pictures", ",".join(map(str, source.n_pictures)), "--seed", str(source.seed)]
-    words += ["--albums", str(source.n_album), "--questions", str(source.n_question), "-n", str(settings.n_predict)]
+    words += [*settings.source.options(), "-n", str(settings.n_predict)]
     return shlex.join(words + (["--against", found.against] if found.against else []))
 
 
@@ -157,9 +153,9 @@ def markdown(found: Summaries) -> str:
         n = max(one.n for key, one in found.found.items() if key[0] == protocol)
         parts.append(
             f"### {WORDS[protocol]}\n\n`{protocol}`: {n} answers each; the full cache is right in "
-            f"{percent(_full(found, protocol))} %.\n"
+            f"{percent(full_accuracy(found, protocol))} %.\n"
         )
-        parts.append(_markdown_table(["policy", *settings.budgets], rows))
+        parts.append(markdown_table(["policy", *settings.budgets], rows))
     if found.against:
         parts.append(_against(found))
     for name, words in (("model", "Model"), ("n_picture", "Pictures")):
@@ -176,31 +172,36 @@ def markdown(found: Summaries) -> str:
         "Seconds of choosing, merging and moving cells, per eviction (`bounded`: per turn), medians. Where something "
         "is run besides, its tokens and seconds per picture (`downsample`: reading the smaller pictures).\n",
     ]
-    parts.append(_details(found, _cost))
+    parts.append(_details(found, cost))
     return "\n".join(parts)
 
 
-def _cost(one: Summary) -> str:
+def cost(one: Summary) -> str:
     extra = f"; {one.extra_token:.1f} tokens, {one.extra_s:.3f} s" if one.extra_s else ""
     return f"{one.evict_ms / 1000:.4f}{extra}"
 
 
 def _about(found: Summaries) -> str:
-    settings, source = found.settings, found.settings.source
-    versions = machine()
+    settings = found.settings
     n_question = len(
         {(*album_of(record), record["question"], record["protocol"] == "bounded") for record in found.records}
     )
     albums = {(record["n_picture"], record["album"]) for record in found.records}
-    where = f"the folder `{source.folder.name}`" if source.folder else f"drawn with seed {source.seed}"
     pictures = ", ".join(str(n) for n in sorted({n for n, _ in albums}))
     return (
         f"    {command(found)}\n\n"
         f"{len(found.records)} answers; models: {', '.join(model.name for model in settings.models)}; "
-        f"{n_question} questions about {len(albums)} albums of {pictures} pictures ({where}); "
-        f"greedy, at most {settings.n_predict} tokens; "
+        f"{n_question} questions about {len(albums)} albums of {pictures} pictures ({settings.source.origin}); "
+        f"greedy, at most {settings.n_predict} tokens; {made_with()}. What protocols, "
+        "policies and columns mean: [bench.md](bench.md#quality).\n"
+    )
+
+
+def made_with() -> str:
+    versions = machine()
+    return (
         f"edge-csp {versions['edge_csp']}, llama-cpp-python {versions['llama_cpp_python']}, numpy {versions['numpy']}, "
-        f"{versions['system']}. What protocols, policies and columns mean: [bench.md](bench.md#quality).\n"
+        f"{versions['system']}"
     )
 
 
@@ -214,7 +215,7 @@ def _against(found: Summaries) -> str:
     if not rows:
         return f"{head}Nowhere by more than the interval.\n"
     words = "The 95 % interval of the difference, in percentage points.\n\n"
-    return head + words + _markdown_table(["protocol", "budget", "policy", "ahead by", "answers"], rows)
+    return head + words + markdown_table(["protocol", "budget", "policy", "ahead by", "answers"], rows)
 
 
 def _details(found: Summaries, words: Any) -> str:
@@ -223,7 +224,7 @@ def _details(found: Summaries, words: Any) -> str:
         for protocol in found.protocols
         for policy in found.policies(protocol)
     ]
-    return _markdown_table(["protocol", "policy", *found.settings.budgets], rows)
+    return markdown_table(["protocol", "policy", *found.settings.budgets], rows)
 
 
 def _by(found: Summaries, name: str, title: str, value: Any) -> str:
@@ -239,12 +240,12 @@ def _by(found: Summaries, name: str, title: str, value: Any) -> str:
         ]
         for policy in found.settings.policies
     ]
-    full = ["(full cache)", *(percent(_full(part, protocol)) for protocol in part.protocols)]
+    full = ["(full cache)", *(percent(full_accuracy(part, protocol)) for protocol in part.protocols)]
     words = f"## {title}\n\nRight answers in percent, at {' / '.join(found.settings.budgets)}.\n\n"
-    return words + _markdown_table(["policy", *part.protocols], [full, *rows])
+    return words + markdown_table(["policy", *part.protocols], [full, *rows])
 
 
-def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
@@ -275,7 +276,7 @@ def write_plot(path: Path, found: Summaries) -> None:
 
 def _plot(axes: Any, found: Summaries, protocol: str) -> None:
     budgets = found.settings.budgets
-    axes.axhline(100 * _full(found, protocol), linestyle="--", color="grey", label="full cache")
+    axes.axhline(100 * full_accuracy(found, protocol), linestyle="--", color="grey", label="full cache")
     for number, policy in enumerate(found.settings.policies):
         ones = [(at, one) for at, one in enumerate(found.row(protocol, policy)) if one and not one.is_over]
         if not ones:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from edge_csp import __version__
-from edge_csp.bench.quality.albums import Album, Source
-from edge_csp.bench.quality.protocols import PROTOCOLS, Plan, measure
+from edge_csp.bench.quality.albums import Album, Shape, Source
+from edge_csp.bench.quality.protocols import EVERY, PROTOCOLS, Plan, measure
 from edge_csp.bench.quality.reading import N_CHAT, open_context
 from edge_csp.bench.quality.records import KEY, Key, Records, key_of
 from edge_csp.bench.quality.specs import Spec, parse_spec
@@ -27,6 +27,7 @@ from edge_csp.model import VisionModel
 SCHEMA = 1
 """Changes when a name in the records changes its meaning or goes away."""
 DIGEST_BYTES = 1 << 20
+BUDGETS = ("40%", "20%", "10%", "5%")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Settings:
     models: tuple[ModelFiles, ...]
     source: Source
     policies: tuple[str, ...]
-    budgets: tuple[str, ...] = ("40%", "20%", "10%", "5%")
+    budgets: tuple[str, ...] = BUDGETS
     protocols: tuple[str, ...] = PROTOCOLS
     n_predict: int = 24
     n_job: int = 1
@@ -71,13 +72,15 @@ class Settings:
     def __post_init__(self) -> None:
         """Raises EdgeCspError for what cannot be measured, before anything is."""
         for protocol in self.protocols:
-            if protocol not in PROTOCOLS:
-                raise BenchError(f"protocol {protocol!r} is unknown: use {', '.join(PROTOCOLS)}")
+            if protocol not in EVERY:
+                raise BenchError(f"protocol {protocol!r} is unknown: use {', '.join(EVERY)}")
         for name, values in (("policy", self.policies), ("budget", self.budgets), ("protocol", self.protocols)):
             if not values or len(set(values)) < len(values):
                 raise BenchError(
                     f"there is no {name}" if not values else f"a {name} is there twice: {', '.join(values)}"
                 )
+        if nothing := {*self.protocols, *self.policies} & self.source.meaningless:
+            raise BenchError(f"{', '.join(sorted(nothing))}: there is nothing to measure in these albums")
         names = [model.name for model in self.models]
         if len(set(names)) < len(names):
             raise BenchError(f"a model is there twice: {', '.join(names)}")
@@ -93,22 +96,14 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """What is written, and compared when a run goes on."""
-        source = self.source
         return {
-            "same": {
-                "schema": SCHEMA,
-                "seed": source.seed,
-                "questions": source.n_question,
-                "predict": self.n_predict,
-                "folder": source.digest(),
-            },
+            "same": {"schema": SCHEMA, "predict": self.n_predict, **self.source.same()},
             "models": {model.name: model.digest() for model in self.models},
             "edge_csp": __version__,
             "protocols": list(self.protocols),
             "budgets": list(self.budgets),
             "policies": list(self.policies),
-            "pictures": list(source.n_pictures),
-            "albums": source.n_album,
+            **self.source.sizes(),
         }
 
 
@@ -117,8 +112,7 @@ class Job:
     """An album for a model. done: (protocol, policy, budget, question) of what is there already."""
 
     model: ModelFiles
-    n_picture: int
-    album: int
+    shape: Shape
     done: frozenset[tuple[str, str, str, int]]
 
 
@@ -159,24 +153,25 @@ def expected_keys(settings: Settings) -> list[Key]:
     keys: list[Key] = []
     for model, shape in itertools.product(settings.models, settings.source.shapes()):
         n_later = shape.n_question // N_CHAT * N_CHAT or (shape.n_question if shape.n_question > 1 else 0)
-        n_of = {"later": n_later, "bounded": shape.n_turn}
+        n_of = {"later": n_later, "bounded": shape.n_turn, "continue": shape.n_passage}
         for protocol, spec, budget in itertools.product(settings.protocols, specs, settings.budgets):
             if spec.policy is None and protocol == "bounded":
                 continue  # a conversation does not tell beforehand how many pictures have to fit
             for number in range(n_of.get(protocol, shape.n_question)):
-                keys.append((model.name, shape.n_picture, shape.index, protocol, spec.text, budget, number))
+                keys.append((model.name, *shape.key, protocol, spec.text, budget, number))
     return keys
 
 
 def _jobs(settings: Settings, expected: Sequence[Key], done: set[Key]) -> list[Job]:
     """Jobs with something to do."""
     models = {model.name: model for model in settings.models}
+    shapes = {shape.key: shape for shape in settings.source.shapes()}
     n_same = KEY.index("protocol")
     have: dict[Any, set[Any]] = {key[:n_same]: set() for key in expected if key not in done}
     for key in done:
         if key[:n_same] in have:
             have[key[:n_same]].add(key[n_same:])
-    return [Job(models[key[0]], key[1], key[2], frozenset(found)) for key, found in have.items()]
+    return [Job(models[name], shapes[tuple(shape)], frozenset(found)) for (name, *shape), found in have.items()]
 
 
 class Worker:
@@ -192,19 +187,19 @@ class Worker:
     def do(self, job: Job) -> Iterator[dict[str, Any]]:
         settings = self._settings
         model = self._open(job.model)
-        album: Album = settings.source.album(job.n_picture, job.album)
+        album: Album = settings.source.album(job.shape)
 
         def wanted(*key: Any) -> bool:
             return key not in job.done
 
         plan = Plan(self._specs, self._budgets, settings.protocols, settings.n_predict, wanted)
-        about = {"model": job.model.name, "n_picture": job.n_picture, "album": job.album}
+        about = {"model": job.model.name, **job.shape.about()}
         try:
             with open_context(model, album, self._specs, settings.n_predict) as context:
                 for record in measure(context, album, plan):
                     yield about | record.to_dict()
         except EdgeCspError as error:
-            raise BenchError(f"{job.model.name}, album {album.name} of {job.n_picture} pictures: {error}") from error
+            raise BenchError(f"{job.model.name}, {job.shape.words}: {error}") from error
 
     def _open(self, files: ModelFiles) -> VisionModel:
         if self._model is None or self._name != files.name:

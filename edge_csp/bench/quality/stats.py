@@ -75,20 +75,22 @@ def protocol_of(record: Row) -> str:
     return "later, first" if record["protocol"] == "later" and record["turn"] == 0 else str(record["protocol"])
 
 
-def album_of(record: Row) -> tuple[int, int]:
+def album_of(record: Row) -> tuple[str, int, int, int]:
     """Questions of an album are drawn together, those of all models on it too."""
-    return record["n_picture"], record["album"]
+    return record["topic"], record["length"], record["n_picture"], record["album"]
 
 
 def _question_of(record: Row) -> Hashable:
-    return tuple(record[name] for name in ("model", "n_picture", "album", "protocol", "budget", "question"))
+    return *album_of(record), *(record[name] for name in ("model", "protocol", "budget", "question"))
 
 
 def summarise(records: Iterable[Row], reference: str | None = None) -> list[Summary]:
-    """Summaries of (protocol, policy, budget), in the order in which these came first."""
+    """Summaries of (protocol, policy, budget), in the order in which these came first; `continue` has none."""
     found: dict[tuple[str, str, str], list[Row]] = {}
     right: dict[Hashable, bool] = {}
     for record in records:
+        if record["protocol"] == "continue":
+            continue
         found.setdefault((protocol_of(record), record["policy"], record["budget"]), []).append(record)
         if record["policy"] == reference:
             right[_question_of(record)] = record["right"]
@@ -130,3 +132,50 @@ def _summary(key: tuple[str, str, str], rows: list[Row], reference: Mapping[Hash
 
 def _paired(rows: Sequence[Row], value: Callable[[Row], float]) -> Difference:
     return difference([value(row) for row in rows], [album_of(row) for row in rows])
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Of all passages that a policy has pruned to a budget. kl: from the full cache, mean in nats. agreement: share of
+    tokens. perplexity, full_perplexity: of the true tokens. to_reference: kl minus that of the reference policy on the
+    same passages, None without. The rest: see Summary.
+    """
+
+    policy: str
+    budget: str
+    n: int
+    kl: Difference
+    agreement: Difference
+    perplexity: float
+    full_perplexity: float
+    share: float
+    is_over: bool
+    to_reference: Difference | None = None
+
+
+def continuations(records: Iterable[Row], reference: str | None = None) -> list[Continuation]:
+    """Of (policy, budget) in `continue`, in the order in which these came first."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    kl: dict[Hashable, float] = {}
+    for record in records:
+        if record["protocol"] == "continue":
+            found.setdefault((record["policy"], record["budget"]), []).append(record)
+            if record["policy"] == reference:
+                kl[_question_of(record)] = record["kl"]
+    return [_continuation(key, rows, kl) for key, rows in found.items()]
+
+
+def _continuation(key: tuple[str, str], rows: list[Row], reference: Mapping[Hashable, float]) -> Continuation:
+    paired = [row for row in rows if _question_of(row) in reference]
+    return Continuation(
+        policy=key[0],
+        budget=key[1],
+        n=len(rows),
+        kl=_paired(rows, lambda row: float(row["kl"])),
+        agreement=_paired(rows, lambda row: float(row["agreement"])),
+        perplexity=math.exp(np.mean([row["nll"] for row in rows])),
+        full_perplexity=math.exp(np.mean([row["full_nll"] for row in rows])),
+        share=float(np.mean([row["n_cell"] / row["n_token"] for row in rows])),
+        is_over=any(row["n_cell"] > row["n_budget"] for row in rows),
+        to_reference=_paired(paired, lambda row: float(row["kl"]) - reference[_question_of(row)]) if paired else None,
+    )
