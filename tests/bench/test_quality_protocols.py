@@ -62,7 +62,7 @@ def test_everything_kept_is_the_full_cache(model: VisionModel, album: Album) -> 
         assert record.same
         assert record.answer == record.full
         assert record.right == record.full_right
-        assert record.kl < 1e-9
+        assert record.kl < 1e-6  # a token that is read again alone is rounded otherwise, in f16
         assert record.n_cell == record.n_token
 
 
