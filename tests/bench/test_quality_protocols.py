@@ -339,7 +339,7 @@ def test_templates(demo_files: tuple[Path, Path], album: Album) -> None:
             reading = Reading(context, album, N_PREDICT)
             assert reading.messages[-1] == {"role": "assistant", "content": "Okay."}
             assert reading.text.endswith("[assistant]Okay.")
-        assert all(one.same for one in measured(opened, album, "full"))
+        assert all(one.kl < 1e-5 for one in measured(opened, album, "full"))  # two tokens are nearly as likely
         opened.info = replace(opened.info, chat_template=REWRITES)
         with pytest.raises(BenchError, match="rewrites earlier turns"):
             measured(opened, album, "full", protocols=["before"])
