@@ -74,7 +74,7 @@ def test_all_ways_to_score(tmp_path: Path, cache: str, head_dim: int, monkeypatc
         scores = csp.scores(40, 0.5)
         for way in ("graph", "graph-portable"):
             monkeypatch.setenv("LLAMA_CSP_SCORES", way)
-            assert relative_error(csp.scores(40, 0.5), scores) <= 1e-6
+            assert relative_error(csp.scores(40, 0.5), scores) <= 2e-6
         csp.close()
 
 
