@@ -64,7 +64,7 @@ class Budget:
 
         Raises BudgetError if the budget is in bytes and too small for one cell.
         """
-        if n_cell < 0 or bytes_per_cell < 1:
+        if n_cell < 0 or (self.kind == "bytes" and bytes_per_cell < 1):
             raise BudgetError(f"cannot budget {n_cell} cells of {bytes_per_cell} bytes")
         if self.kind == "ratio":
             wanted = max(1, least, floor(self.value * n_cell))
