@@ -221,6 +221,23 @@ class Context:
         """Cells in use; without pruning, an upper bound (positions)."""
         return self.csp.info(seq_id=self.seq_id).n_cell if self.csp else self.n_past
 
+    def logits(self) -> NDArray[np.float32] | None:
+        """A copy of those after the last token, f32 [n_vocab]; None if there are none, after a picture say."""
+        logits = self._logits()
+        return None if logits is None else logits.copy()
+
+    def set_logits(self, logits: NDArray[np.float32]) -> None:
+        """Put logits() in the place of those after the last token, for what samples next."""
+        now = self._logits()
+        if now is not None:
+            now[:] = logits
+
+    def _logits(self) -> NDArray[np.float32] | None:
+        import llama_cpp
+
+        pointer = llama_cpp.llama_get_logits_ith(self.handle, -1)
+        return np.ctypeslib.as_array(pointer, (self.model.n_vocab,)) if pointer else None
+
     def truncate(self, n_past: int) -> bool:
         """Forget everything from position n_past on. False, and nothing happens, if that cuts into pruned cells."""
         import llama_cpp
@@ -266,7 +283,7 @@ class Context:
         csp = self._csp()
         layers = layers or range(csp.info(seq_id=self.seq_id).n_layer)
         pos, tag = csp.cells(layers=layers, seq_id=self.seq_id)
-        if "scores" in needs:
+        if "scores" in needs and "scores" not in measured:
             measured["scores"] = csp.scores(min(n_obs, self.n_window), softmax_n, layers=layers, seq_id=self.seq_id)
         if "key_norm" in needs:
             measured["key_norm"] = csp.key_norms(layers=layers, seq_id=self.seq_id)
@@ -289,6 +306,15 @@ class Context:
     def set_rows(self, layer: int, kind: str, rows: NDArray[np.float32]) -> None:
         """Write what rows() reads, rounded to the type of the cache."""
         self._csp().set_rows(layer, kind, rows, seq_id=self.seq_id)
+
+    def scores(self, n_query: int, softmax_n: float) -> NDArray[np.float32]:
+        """Attention that the cells of all layers got from the last queries (n_window at most), by modality of the
+        query, f32 [n_layer, n_head_kv, n_modality, n_cell].
+        """
+        csp, n_query = self._csp(), min(n_query, self.n_window)
+        return np.concatenate(
+            [csp.scores(n_query, softmax_n, layers=layers, seq_id=self.seq_id) for layers in self.layer_groups()]
+        )
 
     def mass(self, n_query: int, softmax_n: float) -> NDArray[np.float32]:
         """Attention that the cells got from the last queries (n_window at most), f32 [n_layer, n_head_kv, n_cell]."""

@@ -6,9 +6,6 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
 from edge_csp.model import Part, PicturePart, TokenPart
 
 
@@ -17,7 +14,6 @@ class Item:
     """Something to evaluate, or evaluated: a token, or the cells of a part of a picture.
 
     Items with the same key have the same cells. part: until it is evaluated; it holds the pixels. size: its pixels.
-    contrast: of its cells, from then on, see patches.contrast().
     """
 
     key: int | tuple[str, int]  # token, or hash of the picture and number of its part
@@ -26,7 +22,6 @@ class Item:
     name: str = field(default="", compare=False)
     part: PicturePart | None = field(default=None, compare=False)
     size: tuple[int, int] = field(default=(0, 0), compare=False)
-    contrast: NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_picture(self) -> bool:

@@ -20,6 +20,8 @@ from edge_csp.errors import NativeError
 
 MODALITY_AUTO = -1
 TEXT, IMAGE, AUDIO = 0, 1, 2
+UNSUPPORTED = -2
+"""Status of a model or cache that cannot be pruned."""
 
 
 class Params(ctypes.Structure):

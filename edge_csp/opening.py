@@ -12,9 +12,10 @@ from edge_csp.budget import MIN_CELLS, Budget, parse_budget
 from edge_csp.chat import ChatTemplate, Message, message_pictures
 from edge_csp.context import CELL_PAD, Context, bytes_per_cell
 from edge_csp.embeddings import EmbeddingCache
-from edge_csp.errors import ContextError
+from edge_csp.errors import ContextError, NativeError
 from edge_csp.items import items_of
 from edge_csp.model import Progress, VisionModel
+from edge_csp.native import UNSUPPORTED
 from edge_csp.policy import Policy, make_policy
 from edge_csp.pruning import Pruning
 from edge_csp.sampling import Sampling
@@ -27,7 +28,7 @@ def open_session(
     mmproj: str | Path | None = None,
     *,
     budget: str | Budget | None = None,
-    policy: str | Policy = "quota",
+    policy: str | Policy = "blend",
     cells: str | Budget | None = None,
     cells_of: Sequence[Message] = (),
     pruning: Pruning | None = None,
@@ -45,10 +46,11 @@ def open_session(
 ) -> Iterator[Session]:
     """Open a model and a conversation with it; both are closed at the end of the `with` block.
 
-    model, mmproj: GGUF files, see VisionModel. budget: "20%", 512 cells as "512", "64MiB", or None to keep everything.
-    policy: a Policy, or a name as for make_policy(). cells: the cache is bounded to so many cells or bytes, or to a
-    share of the prompt `cells_of`, and holds any conversation. pruning: all other pruning settings at once, instead of
-    budget and policy.
+    model, mmproj: GGUF files, see VisionModel. budget: "20%", 512 cells as "512", "64MiB", or None to keep what fits.
+    policy: a Policy, or a name as for make_policy(). cells: the cache has so many cells or bytes, or a share of the
+    prompt `cells_of`, instead of n_ctx cells. In either case it holds any conversation, unless the model's cache cannot
+    be pruned: without budget and cells such a model runs unpruned, which on_notice is called with. pruning: all other
+    pruning settings at once, instead of budget and policy.
     context: further settings of Context (n_ctx, n_batch, type_k, type_v, flash_attn …).
 
     Raises EdgeCspError with one line that tells what is wrong with the files or the settings.
@@ -76,7 +78,7 @@ def open_session(
             n_cell = bounded_cells(bound, opened, cells_of, **context)
             pruning, context["n_ctx"] = replace(pruning, cells=n_cell), n_cell
         session = Session(
-            stack.enter_context(Context(opened, n_window=pruning.n_obs, **context)),
+            stack.enter_context(_open_context(opened, pruning, on_notice, context)),
             pruning=pruning,
             sampling=sampling,
             system=system,
@@ -85,6 +87,21 @@ def open_session(
             on_notice=on_notice,
         )
         yield session
+
+
+def _open_context(
+    model: VisionModel, pruning: Pruning, on_notice: Callable[[str], None] | None, settings: dict[str, Any]
+) -> Context:
+    """One that can be pruned, or, if nothing asks for that and the model's cache cannot be, a plain one."""
+    try:
+        return Context(model, n_window=pruning.n_obs, **settings)
+    except NativeError as error:
+        wants = pruning.budget is not None or pruning.cells is not None or bool(settings.get("softmax_n"))
+        if error.status != UNSUPPORTED or wants:
+            raise
+        if on_notice:
+            on_notice(f"{error}: it runs unpruned, and a conversation ends when the context is full")
+    return Context(model, **{**settings, "prune": False})
 
 
 def bounded_cells(bound: Budget, model: VisionModel, prompt: Sequence[Message], **context: Any) -> int:

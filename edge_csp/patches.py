@@ -94,22 +94,8 @@ def spans_of(items: Sequence[Item], projector: str | None) -> list[Span]:
         except ModelError:
             columns = stride = 0
         columns = columns if columns == stride else 0
-        spans.append(Span(item.n_cell, is_picture=True, columns=columns, contrast=item.contrast))
+        spans.append(Span(item.n_cell, is_picture=True, columns=columns))
     return [*spans, Span(n_text)] if n_text else spans
-
-
-def contrast(embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What every patch adds to the variance of the embeddings of its picture part, beside the mean; f32 [n_cell], 1 on
-    average, read-only. Blank patches are all alike: they add little.
-
-    embeddings: f32 [n_cell, n_embd]
-    """
-    with np.errstate(invalid="ignore", over="ignore"):  # an encoder that failed
-        variance = np.square(embeddings - embeddings.mean(axis=0)).sum(axis=1)
-        mean = variance.mean()
-    shares: NDArray[np.float32] = variance / mean if 0 < mean < np.inf else np.ones_like(variance)
-    shares.flags.writeable = False
-    return shares
 
 
 def turn_uses(items: Sequence[Item], numbers: NDArray[np.int32], begins: Sequence[int]) -> list[TurnUse]:

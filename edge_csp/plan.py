@@ -28,11 +28,12 @@ from edge_csp.errors import ContextError, ImageError, ModelError, NativeError
 from edge_csp.images import MAX_SIDE, load_picture
 from edge_csp.metadata import tensor_spans
 from edge_csp.model import EMBEDDING_CACHE_BYTES, PicturePart, VisionModel
+from edge_csp.pruning import Pruning
 
 TEXT_TOKENS, TEXT_TOKENS_PER_PICTURE = 512, 16
 """Text that is assumed: questions, answers and template, and the words that come with every picture."""
 MAX_CELLS = 2**31 - 1
-_RANKING_BYTES = 23  # what the default policy takes per (layer, KV head, cell) at most
+_RANKING_BYTES = 44  # what the default policy takes per (layer, KV head, cell) at most
 _STEP = 2**15  # contexts of 1 and 2 steps tell what every further cell takes; larger ones are extrapolated from them
 
 
@@ -162,7 +163,7 @@ def make_plan(
             raise ContextError(f"{max(n_cell, n_ctx)} cells are to be planned, allowed are 1 .. {MAX_CELLS}")
 
         measure = _Measure(model, n_window, settings)
-        n_kept = n_cell if measure.refused else budget.cells(n_cell, measure.bytes_per_cell)
+        n_kept = n_cell if measure.refused else budget.cells(n_cell, measure.bytes_per_cell, Pruning.min_cells)
         n_bound = _bounded_cells(cells, n_cell, n_kept, measure.bytes_per_cell)
         if cells and not measure.refused:
             n_kept = min(n_kept, n_bound)

@@ -29,15 +29,15 @@ from numpy.typing import NDArray
 
 from edge_csp.chat import ChatTemplate, Message, message_parts, message_pictures
 from edge_csp.context import Context
-from edge_csp.cues import CueTokens, ask_cue
 from edge_csp.errors import BudgetError, ContextError, NativeError, TemplateError
 from edge_csp.images import Picture
 from edge_csp.items import Item, PromptEnd, common_length, common_text, items_of, n_pictures, token_item
 from edge_csp.model import PicturePart, Progress
-from edge_csp.patches import PictureMap, TurnUse, contrast, picture_maps, spans_of, turn_uses
+from edge_csp.patches import PictureMap, TurnUse, picture_maps, spans_of, turn_uses
 from edge_csp.pins import Pins, find_pins, pin_picture, pin_turn
-from edge_csp.policy.base import IntArray
+from edge_csp.policy.base import FloatArray, IntArray
 from edge_csp.pruning import Layout, Pruner, Pruning
+from edge_csp.rehearsal import Rehearsal
 from edge_csp.reread import LOST, Planned, SecondReading, looks, second_reading
 from edge_csp.sampling import Sampler, Sampling
 from edge_csp.usage import CacheUse, Counters, picture_uses
@@ -70,7 +70,7 @@ class Session:
         info = context.model.info
         self.context = context
         self.model = context.model
-        self._pruner = Pruner(context, pruning or Pruning(), self._layout)
+        self._pruner = Pruner(context, pruning or Pruning(), self._layout, self._rehearse)
         self.sampling = sampling or Sampling()
         self.template = ChatTemplate(info.chat_template, info.bos_token, info.eos_token)
         self.counters = Counters()
@@ -90,7 +90,7 @@ class Session:
         self._ends: dict[int, int] = {}  # number of messages -> items that they take
         self._turn_begin = 0  # items before the present turn
         self._pins = Pins()
-        self._cues = CueTokens(self.model, self.template)
+        self._rehearsal = Rehearsal(self.model, self.template)
         self._to_prune = False  # when the first token of the answer is there
         self._planned: Planned | None = None
         self._again: SecondReading | None = None  # behind what _items had then; what came since is behind it
@@ -164,7 +164,7 @@ class Session:
             self.counters.n_restart += 1
             n_same = 0
         del self._items[n_same:]
-        self._pruner.forget()
+        self._forget_notes()
         n_char = common_text(self._text, text)
         prompts = [end for end in self._prompts if end.n_item <= n_same and end.n_char <= n_char]
         self._text, self._prompts = "", []  # until everything is evaluated
@@ -267,8 +267,8 @@ class Session:
         if not self.context.truncate(again.n_past):
             self._forget_cells()
             raise ContextError("a second reading cannot be taken back from this cache: turn it off (--reread 0)")
-        self._pruner.forget()
-        most = self._pruner.n_batch
+        self._forget_notes()
+        most = self._pruner.n_batch(len(answer))
         try:
             for begin in range(0, len(answer), most):
                 self._make_room(len(answer[begin : begin + most]))
@@ -370,10 +370,10 @@ class Session:
         while i < len(items):
             part = items[i].part
             if part is not None:
-                evaluated = [self._evaluate_picture(items[i], part)]
+                evaluated = [self._evaluate_picture(items[i], part, self._pruner.n_batch(n_all - n_done))]
             else:
-                text = itertools.takewhile(lambda item: not item.is_picture, items[i : i + self._pruner.n_batch])
-                evaluated = list(text)
+                batch = items[i : i + self._pruner.n_batch(n_all - n_done)]
+                evaluated = list(itertools.takewhile(lambda item: not item.is_picture, batch))
                 self._make_room(len(evaluated))
                 started = time.perf_counter()
                 self.context.decode_tokens([item.key for item in evaluated if isinstance(item.key, int)])
@@ -382,22 +382,23 @@ class Session:
             self._items.extend(evaluated)
             n_done += sum(item.n_cell for item in evaluated)
             i += len(evaluated)
-            if part is not None and (i == len(items) or items[i].is_new_picture or not items[i].is_picture):
-                self._run_cues(n_pictures(self._items))
             self._report("prefill", n_done / n_all)
 
-    def _evaluate_picture(self, item: Item, part: PicturePart) -> Item:
-        """The item without its pixels."""
+    def _evaluate_picture(self, item: Item, part: PicturePart, n_batch: int) -> Item:
+        """The item without its pixels. n_batch: cells filled at once."""
         started = time.perf_counter()
         n_encoded, n_from_disk, evict_s = self.model.n_encoded, self.model.n_from_disk, self.counters.evict_s
         self._report("encode", 0.0)
         embeddings = self.model.encode(part)
-        item = replace(item, part=None, contrast=contrast(embeddings))
-        self._reading = [item]
+        item = replace(item, part=None)
         encoded = time.perf_counter()
         n_past = self.context.n_past
         try:
-            self.context.decode_picture(part, embeddings, n_batch=self._pruner.n_batch, before_batch=self._make_room)
+            with suppress(BudgetError):  # pinned cells leave no room for all of it: then batch by batch
+                if part.n_cell <= self.n_cell_max // 2:
+                    self._make_room(part.n_cell)
+            self._reading = [item]
+            self.context.decode_picture(part, embeddings, n_batch=n_batch, before_batch=self._make_room)
         except BaseException:
             if self.context.n_past != n_past:  # evicted in the midst of the picture: there is no way back
                 self._forget_cells()
@@ -412,24 +413,19 @@ class Session:
         self.counters.n_picture_cell += part.n_cell
         return item
 
-    def _run_cues(self, number: int) -> None:
-        """Ask the cues about a picture that has just been evaluated, note what they look at, and take them back."""
+    def _rehearse(self, n_free: int) -> dict[str, FloatArray]:
+        """Notes of a rehearsal within n_free cells; none within a picture, which has to be read without a break."""
+        if self._reading:
+            return {}
+        started, n_token = time.perf_counter(), self._rehearsal.n_token
         pruning = self.pruning
-        if "cue" not in pruning.policy.needs:
-            return
-        started = time.perf_counter()
-        for cue in pruning.cues:
-            tokens = self._cues.of(cue, number)
-            if len(tokens) + pruning.cue_predict >= self.n_cell_max:
-                continue  # a very small bounded cache has no room for questions beside the picture
-            self._make_room(len(tokens) + pruning.cue_predict)
-            n_cell, n_past = self.context.n_cell, self.context.n_past
-            n_token = ask_cue(self.context, tokens, self._pruner.n_batch, pruning.cue_predict)
-            self._pruner.note_cue(n_cell, n_token)
-            if not self.context.truncate(n_past):
-                raise ContextError("cues cannot be taken back from this cache: choose a policy without cues")
-            self.counters.n_cue_token += n_token
-        self.counters.cue_s += time.perf_counter() - started
+        try:
+            return self._rehearsal.run(
+                self.context, self._items, pruning.cues, pruning.cue_predict, pruning.softmax_n, n_free
+            )
+        finally:
+            self.counters.n_rehearsed += self._rehearsal.n_token - n_token
+            self.counters.rehearse_s += time.perf_counter() - started
 
     def _make_room(self, n_new: int) -> None:
         self._count_eviction(self._pruner.make_room, n_new)
@@ -581,7 +577,12 @@ class Session:
         self._items, self._text, self._prompts, self._ends, self._pins = [], "", [], {}, Pins()
         self._turn_begin, self._to_prune = 0, False
         self._planned = self._again = None
+        self._forget_notes()
+
+    def _forget_notes(self) -> None:
+        """To be called when cells have been removed."""
         self._pruner.forget()
+        self._rehearsal.n_done = min(self._rehearsal.n_done, len(self._items))
 
     @property
     def n_cell(self) -> int:

@@ -29,8 +29,8 @@ class Counters:
     n_eviction: int = 0
     n_evicted: int = 0
     """Cells evicted per layer and KV head."""
-    n_cue_token: int = 0
-    """Tokens evaluated for cues, see Pruning.cues."""
+    n_rehearsed: int = 0
+    """Tokens evaluated to find out what later questions may need, see rehearsal.py."""
     n_reread: int = 0
     """Pictures that were read again for an answer, see Pruning.reread."""
     n_reread_cell: int = 0
@@ -39,7 +39,7 @@ class Counters:
     """Times that everything had to be evaluated again."""
     encode_s: float = 0.0
     prefill_s: float = 0.0
-    cue_s: float = 0.0
+    rehearse_s: float = 0.0
     reread_s: float = 0.0
     evict_s: float = 0.0
     decode_s: float = 0.0

@@ -11,7 +11,7 @@ from edge_csp.bench.process import RemoteCache, Workers
 from edge_csp.bench.runtime import Setting
 from edge_csp.budget import Budget
 
-POLICIES = ("quota", "csp")
+POLICIES = ("blend", "csp")
 BASELINE = "csp"
 STEPS = ("scores", "select", "keep")
 

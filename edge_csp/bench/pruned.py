@@ -17,7 +17,7 @@ from edge_csp.model import VisionModel
 from edge_csp.policy import Observation, Span
 from edge_csp.pruning import Layout, Pruner, Pruning
 
-PICTURE = Span(576, is_picture=True, columns=24, contrast=np.linspace(0, 2, 576, dtype=np.float32))
+PICTURE = Span(576, is_picture=True, columns=24)
 TEXT = Span(32)
 
 
@@ -64,7 +64,7 @@ class PrunedCache(Cache):
         super().__init__(model, n_ctx, setting, n_ubatch=n_ubatch)
         self._context.clock = self._clock
         self._pruner = Pruner(self._context, Pruning(cells=cells), self._layout)
-        self.n_batch = self._pruner.n_batch
+        self.n_batch = self._pruner.n_batch(n_ctx + 1 if cells else 0)
 
     def _open(self, model: Model, n_ctx: int, setting: Setting, n_ubatch: int) -> Any:
         self._context = _Observed(
@@ -113,8 +113,6 @@ class PrunedCache(Cache):
         """
         pruner = self._pruner.replaced(_pruning(policy))
         pruner.note_mass()
-        if "cue" in pruner.pruning.policy.needs:
-            pruner.note_cue(self._context.n_cell, self.n_decode)
         self._context.observe_s = 0.0
         begin = self._clock()
         cells = pruner.select(n_keep)

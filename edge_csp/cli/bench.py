@@ -68,7 +68,7 @@ def speed(
         typer.Option(
             "--policy",
             metavar="SPEC",
-            help="eviction: NAME or NAME:SETTING=VALUE,…; may be repeated [default: quota, csp].",
+            help="eviction: NAME or NAME:SETTING=VALUE,…; may be repeated; by default blend and csp.",
         ),
     ] = [],  # noqa: B006
     prefill_tokens: Annotated[

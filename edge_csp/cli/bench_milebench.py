@@ -43,7 +43,7 @@ def run(
         Path, typer.Argument(metavar="DATA_DIR", help="Folder of the sets, ALFRED/ALFRED.json and so on.")
     ],
     model: ModelOptions,
-    pruning: PruningOptions,
+    pruning: PruningOptions = PruningOptions(min_cells=0),  # noqa: B008
     context: ContextOptions = CONTEXT,
     dataset: Annotated[
         str | None, typer.Option("--dataset", metavar="NAME,NAME…", help="Only these sets; default: all 29.")

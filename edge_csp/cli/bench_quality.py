@@ -62,7 +62,7 @@ def quality(
     ] = [],  # noqa: B006
     against: Annotated[
         str | None,
-        typer.Option("--against", metavar="SPEC", help="Policy that all others are compared with [default: quota]."),
+        typer.Option("--against", metavar="SPEC", help="Policy that all others are compared with; by default blend."),
     ] = None,
     pictures: Annotated[str, typer.Option("--pictures", metavar="N,N…", help="Pictures of the drawn albums.")] = "8,12",
     lengths: Annotated[

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from edge_csp.sampling import Sampling
     from edge_csp.session import Session
 
-DEFAULT_BUDGET = "20%"
-UNSUPPORTED = -2
-"""Status of the native library for a model or cache that cannot be pruned."""
 DEMO = Path(__file__).parents[1] / "demo"
 """The embedded model and its album."""
 
@@ -171,8 +168,7 @@ class PruningOptions:
         _pruning(
             "--budget",
             metavar="SIZE",
-            help="What stays of the KV cache after every prompt: 20%, 512 (cells) or 64MiB; 100%: all "
-            "[default: 20%, with --cells all that fits].",
+            help="What stays of the KV cache after every prompt: 20%, 512 (cells) or 64MiB; by default all that fits.",
         ),
     ] = None
     cells: Annotated[
@@ -180,8 +176,8 @@ class PruningOptions:
         _pruning(
             "--cells",
             metavar="SIZE",
-            help="Bound the cache, instead of -c, to cells (1024), bytes (64MiB) or a share of the prompt (20%, run "
-            "only): any conversation fits, what is too much is evicted while reading and answering.",
+            help="Size of the cache, instead of -c, in cells (1024), bytes (64MiB) or as a share of the prompt (20%, "
+            "run only). Any conversation fits: what is too much is evicted while reading and answering.",
         ),
     ] = None
     policy: Annotated[
@@ -189,10 +185,10 @@ class PruningOptions:
         _pruning(
             "--policy",
             metavar="NAME",
-            help="What chooses the cells: quota, quota+ (with cues), csp, snapkv, h2o, lookm, streaming, keydiff, "
-            "random, full (keeps all), or your own: module:Class, file.py:Class (docs/policies.md).",
+            help="What chooses the cells: blend, blend+ (with a rehearsal), csp, snapkv, h2o, lookm, streaming, "
+            "keydiff, random, full (keeps all), or your own: module:Class, file.py:Class (docs/policies.md).",
         ),
-    ] = "quota"
+    ] = "blend"
     policy_set: Annotated[
         list[str],
         _pruning("--policy-set", metavar="NAME=VALUE", help="A setting of the policy; may be repeated."),
@@ -206,10 +202,13 @@ class PruningOptions:
         _pruning(
             "--pool",
             metavar="N",
-            help="csp, snapkv: average scores over N neighbouring cells; odd; 1: off, csp as published [default: 5].",
+            help="csp, snapkv: average scores over N neighbouring cells, an odd number; by default 1 (off), snapkv 5.",
         ),
     ] = None
     softmax_n: Annotated[float, _pruning("--softmax-n", metavar="N", help="n of the softmax that scores.")] = 1.0
+    min_cells: Annotated[
+        int, _pruning("--min-cells", metavar="N", help="A share of --budget keeps at least so many cells.")
+    ] = 128
     n_obs: Annotated[int, _pruning("--n-obs", metavar="N", min=1, help="Last queries, which vote.")] = 32
     n_recent: Annotated[int, _pruning("--n-recent", metavar="N", help="Last cells, which stay.")] = 32
     n_sink: Annotated[int, _pruning("--n-sink", metavar="N", help="First cells, which stay.")] = 4
@@ -228,11 +227,11 @@ class PruningOptions:
         from edge_csp.policy import make_policy
         from edge_csp.pruning import Pruning
 
-        budget = self.budget or (None if self.cells else DEFAULT_BUDGET)
         given = {name: getattr(self, name) for name in ("cross_ratio", "pool") if getattr(self, name) is not None}
         return Pruning(
-            parse_budget(budget) if budget else None,
+            parse_budget(self.budget) if self.budget else None,
             make_policy(clean(self.policy), map(clean, self.policy_set), **given),
+            min_cells=self.min_cells,
             n_obs=self.n_obs,
             n_recent=self.n_recent,
             n_sink=self.n_sink,
@@ -364,6 +363,7 @@ def opened(
 ) -> Iterator[Session]:
     """A session with these options. on_notice: told its notices; default: they go to stderr."""
     from edge_csp.cli.render import say
+    from edge_csp.native import UNSUPPORTED
     from edge_csp.opening import open_session
 
     prunes = pruning.policy != "full" or context.attn_softmax_n != 0
@@ -387,7 +387,7 @@ def opened(
         except NativeError as error:
             if error.status != UNSUPPORTED:
                 raise
-            raise NativeError(f"{path} cannot be pruned: {error} (--policy full runs it unpruned)") from error
+            raise NativeError(f"{path} cannot be pruned: {error} (without --budget and --cells it runs)") from error
         yield session
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from edge_csp.cli.options import DEFAULT_BUDGET, ContextOptions, ModelOptions, grouped
+from edge_csp.cli.options import ContextOptions, ModelOptions, grouped
 from edge_csp.errors import EdgeCspError
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from edge_csp.plan import Plan
 
+BUDGET = "20%"
+"""What is planned with beside the whole cache, if nothing else is given."""
 _conversation = partial(Option, rich_help_panel="Conversation")
 _context = partial(Option, rich_help_panel="Context")
 
@@ -40,7 +42,7 @@ class ConversationOptions:
         _conversation(
             "--budget",
             metavar="SIZE",
-            help="What stays of the KV cache: 20%, 512 (cells) or 64MiB [default: 20%, with --cells all that fits].",
+            help="What stays of the KV cache: 20%, 512 (cells) or 64MiB; by default 20%, or what --cells holds.",
         ),
     ] = None
 
@@ -83,7 +85,7 @@ def command(
     from edge_csp.cli.render import say, stdout
     from edge_csp.plan import make_plan
 
-    budget = parse_budget(conversation.budget or context.cells or DEFAULT_BUDGET)
+    budget = parse_budget(conversation.budget or context.cells or BUDGET)
     cells = parse_budget(context.cells) if context.cells else None
     size = parse_size(conversation.image_size) if conversation.image_size else None
     settings = context.settings()

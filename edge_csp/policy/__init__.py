@@ -6,28 +6,28 @@ from collections.abc import Iterable
 from typing import Any
 
 from edge_csp.policy.base import Observation, Policy, Span
+from edge_csp.policy.blend import BlendPolicy, RehearsedBlendPolicy
 from edge_csp.policy.csp import CspPolicy
 from edge_csp.policy.full import FullPolicy
 from edge_csp.policy.h2o import H2oPolicy
 from edge_csp.policy.keydiff import KeyDiffPolicy
 from edge_csp.policy.lookm import LookMPolicy
-from edge_csp.policy.quota import CuedQuotaPolicy, QuotaPolicy
 from edge_csp.policy.snapkv import SnapKvPolicy
 from edge_csp.policy.streaming import StreamingPolicy
 from edge_csp.policy.uniform_random import RandomPolicy
 
 __all__ = [
     "POLICIES",
+    "BlendPolicy",
     "CspPolicy",
-    "CuedQuotaPolicy",
     "FullPolicy",
     "H2oPolicy",
     "KeyDiffPolicy",
     "LookMPolicy",
     "Observation",
     "Policy",
-    "QuotaPolicy",
     "RandomPolicy",
+    "RehearsedBlendPolicy",
     "SnapKvPolicy",
     "Span",
     "StreamingPolicy",
@@ -37,8 +37,8 @@ __all__ = [
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
     for policy in (
-        QuotaPolicy,
-        CuedQuotaPolicy,
+        BlendPolicy,
+        RehearsedBlendPolicy,
         CspPolicy,
         SnapKvPolicy,
         H2oPolicy,

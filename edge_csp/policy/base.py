@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,8 +21,10 @@ IntArray = npt.NDArray[np.int32]
 TagArray = npt.NDArray[np.uint8]
 
 
-MEASURED = {"scores": 4, "mass": 3, "cue": 3, "key_norm": 3, "keys": 4}
+MEASURED = {"scores": 4, "mass": 3, "repeated": 3, "described": 3, "key_norm": 3, "keys": 4}
 """What can be measured of the cells, and the number of its dimensions."""
+REHEARSED = frozenset({"repeated", "described"})
+"""Of these, what takes a rehearsal before the eviction, see rehearsal.py."""
 
 
 @dataclass(frozen=True)
@@ -30,20 +32,12 @@ class Span:
     """A part of a picture, or a run of text between pictures.
 
     n_cell: cells that it filled. columns: of the grid on which the patches of a picture lie, row by row; 0 where that
-    is not known. contrast: how much every patch differs from the rest of the picture, see patches.contrast(), f32
-    [n_cell], 1 on average; None where that is not known.
-
-    Raises PolicyError if the contrast is not that of so many cells.
+    is not known.
     """
 
     n_cell: int
     is_picture: bool = False
     columns: int = 0
-    contrast: FloatArray | None = field(default=None, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.contrast is not None and self.contrast.shape != (self.n_cell,):
-            raise PolicyError(f"contrast has the shape {self.contrast.shape}, the span has {self.n_cell} cells")
 
 
 class Observation:
@@ -61,7 +55,9 @@ class Observation:
     scores:   f32 [n_layer, n_head_kv, n_modality, n_cell], attention mass that a cell got from the queries of one
               modality, summed over the observation window
     mass:     f32 [n_layer, n_head_kv, n_cell], attention mass from all queries since the cell was filled
-    cue:      f32 [n_layer, n_head_kv, n_cell], attention mass from the cues that were run after each picture
+    repeated: f32 [n_layer, n_head_kv, n_cell], most attention of a batch of queries while the text was rehearsed, mean
+              over these queries, see rehearsal.py; 0 in cells that were not there then
+    described: f32 [n_layer, n_head_kv, n_cell], most attention mass of a cue about a picture and its answer
     key_norm: f32 [n_layer, n_head_kv, n_cell], length of the key
     keys:     f32 [n_layer, n_head_kv, n_cell, head_dim], the keys, with the rotation of their positions
 
@@ -132,8 +128,12 @@ class Observation:
         return self._get("mass")
 
     @property
-    def cue(self) -> FloatArray:
-        return self._get("cue")
+    def repeated(self) -> FloatArray:
+        return self._get("repeated")
+
+    @property
+    def described(self) -> FloatArray:
+        return self._get("described")
 
     @property
     def key_norm(self) -> FloatArray:

@@ -100,12 +100,7 @@ def _cases(policy: Policy) -> Iterator[tuple[Observation, int, BoolArray]]:
             values[name] = drawn * (generator.random(size) < density).astype(np.float32)
         tag = generator.integers(0, N_MODALITY, shape).astype(np.uint8)
         pos = np.sort(generator.integers(0, 4 * shape[2], shape).astype(np.int32), axis=-1)
-        contrast = np.linspace(0, 2, 16, dtype=np.float32)
-        contrast.flags.writeable = False
-        spans = [
-            Span(16, is_picture=True, columns=4, contrast=contrast) if i % 2 else Span(16)
-            for i in range(1 + int(pos.max()) // 16)
-        ]
+        spans = [Span(16, is_picture=True, columns=4) if i % 2 else Span(16) for i in range(1 + int(pos.max()) // 16)]
         observation = Observation(tag, pos, span=pos // 16, offset=pos % 16, spans=spans, **values)
         protected = generator.random(shape) < 0.1
         protected[..., -1] = True

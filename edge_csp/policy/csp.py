@@ -18,18 +18,18 @@ from edge_csp.policy.base import BoolArray, Observation, Policy
 class CspPolicy(Policy):
     """Two rankings share the budget: attention from a cell's own modality, and from all other modalities.
 
-    Source: arXiv 2412.04652, with the rules of llama_csp_select() (see kernels.csp_select), and scores averaged over
-    neighbours, as SnapKV (arXiv 2404.14469) does.
+    Source: arXiv 2412.04652, with the rules of llama_csp_select() (see kernels.csp_select); if wanted, with scores
+    averaged over neighbours, as SnapKV (arXiv 2404.14469) does.
 
     cross_ratio: share of the past cells that the ranking by other modalities gets, 0 .. 1
-    pool:        average the scores over this many neighbouring cells first (odd); 1 is off, and is the published rule
-                 and that of llama_csp_select()
+    pool:        average the scores over this many neighbouring cells first (odd); 1 is off: the published rule, that of
+                 llama_csp_select(), and the better one on real language weights (docs/quality.md)
     """
 
     name: ClassVar[str] = "csp"
 
     cross_ratio: float = 0.5
-    pool: int = 5
+    pool: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.cross_ratio <= 1:

@@ -17,38 +17,44 @@ import numpy.typing as npt
 from edge_csp.policy.base import BoolArray, FloatArray, IntArray
 
 Array = TypeVar("Array", FloatArray, BoolArray)
-SelectRows = Callable[[FloatArray, FloatArray, BoolArray, int, int, int], BoolArray]
+SelectRows = Callable[[FloatArray, npt.NDArray[np.int64], BoolArray, int], BoolArray]
 
 COMPILE_AFTER = 1 << 20  # rows that this process has selected: a thousand evictions from all heads of a 7B model
 _n_selected = 0
 
 
+def share_select(rankings: Sequence[FloatArray], shares: Sequence[int], protected: BoolArray, n_keep: int) -> BoolArray:
+    """Several rankings share the cells that stay: True for these, bool [..., n_cell].
+
+    rankings: f32 [..., n_cell] each. shares: one for each ranking. protected: bool [..., n_cell], at most n_keep per
+    row.
+    Every row keeps its protected cells. The places left are split in the ratio of the shares, rounded in favour of the
+    first ranking, and go to the best of each in turn, among those that are not kept yet. Only scores > 0 count; a
+    ranking that runs out passes its places to the others, the first of them first, then they go to the earliest cells.
+    Ties go to the earlier cell.
+    """
+    global _n_selected
+    rows = np.stack([_rows(ranking) for ranking in rankings])
+    _n_selected += rows.shape[1]
+    select = compiled_select() if _n_selected >= COMPILE_AFTER else None
+    return (select or select_numpy)(rows, np.array(shares), _rows(protected), n_keep).reshape(protected.shape)
+
+
 def csp_select(
     scores_self: FloatArray, scores_cross: FloatArray, protected: BoolArray, k_self: int, k_cross: int, n_keep: int
 ) -> BoolArray:
-    """The CSP rule (arXiv 2412.04652), as llama_csp_select() has it: True for the cells that stay.
-
-    scores_self, scores_cross: f32 [..., n_cell]; protected: bool [..., n_cell], at most n_keep per row.
-    Every row keeps its protected cells. The places left are split in the ratio k_self : k_cross, rounded in favour of
-    k_self, and go to the best of scores_self, then to the best of scores_cross among the rest. Only scores > 0 count;
-    a ranking that runs out passes its places to the other one, then they go to the earliest cells. Ties go to the
-    earlier cell.
-    """
-    global _n_selected
-    own, cross = _rows(scores_self), _rows(scores_cross)
-    _n_selected += len(own)
-    select = compiled_select() if _n_selected >= COMPILE_AFTER else None
-    return (select or select_numpy)(own, cross, _rows(protected), k_self, k_cross, n_keep).reshape(protected.shape)
+    """The CSP rule (arXiv 2412.04652), as llama_csp_select() has it; see share_select()."""
+    return share_select([scores_self, scores_cross], [k_self, k_cross], protected, n_keep)
 
 
 def top_select(scores: FloatArray, protected: BoolArray, n_keep: int) -> BoolArray:
-    """The protected cells and the best of one ranking; same rules and shapes as csp_select."""
-    return csp_select(scores, scores, protected, 1, 0, n_keep)
+    """The protected cells and the best of one ranking; see share_select()."""
+    return share_select([scores], [1], protected, n_keep)
 
 
 def ranked_select(first: FloatArray, second: FloatArray, protected: BoolArray, n_keep: int) -> BoolArray:
-    """The protected cells, then the best of `first`, then the best of `second`; same rules and shapes as csp_select."""
-    return csp_select(first, second, protected, 1, 0, n_keep)
+    """The protected cells, then the best of `first`, then the best of `second`; see share_select()."""
+    return share_select([first, second], [1, 0], protected, n_keep)
 
 
 def pool(scores: FloatArray, width: int) -> FloatArray:
@@ -140,21 +146,19 @@ def _rows(array: Array) -> Array:
     return cast(Array, np.ascontiguousarray(array).reshape(-1, array.shape[-1]))
 
 
-def select_numpy(
-    scores_self: FloatArray, scores_cross: FloatArray, protected: BoolArray, k_self: int, k_cross: int, n_keep: int
-) -> BoolArray:
-    """csp_select for rows [n_row, n_cell]."""
+def select_numpy(rankings: FloatArray, shares: npt.NDArray[np.int64], protected: BoolArray, n_keep: int) -> BoolArray:
+    """share_select for rankings f32 [n_ranking, n_row, n_cell] and rows bool [n_row, n_cell]."""
     kept: BoolArray = protected.copy()
-    for own, cross, keep in zip(scores_self, scores_cross, kept, strict=True):
-        places = n_keep - int(np.count_nonzero(keep))
-        n_cross = k_cross * places // max(k_self + k_cross, 1)
-        n_self = places - n_cross
-        n_self -= _take(own, keep, n_self)
-        n_cross -= _take(cross, keep, n_cross)
-        n_self -= _take(cross, keep, n_self)
-        n_cross -= _take(own, keep, n_cross)
-        if n_self + n_cross:
-            keep[np.flatnonzero(~keep)[: n_self + n_cross]] = True
+    total = max(int(shares.sum()), 1)
+    for row, keep in enumerate(kept):
+        places = left = n_keep - int(np.count_nonzero(keep))
+        quotas = [int(share) * places // total for share in shares[1:]]
+        for ranking, quota in zip(rankings, [places - sum(quotas), *quotas], strict=True):
+            left -= _take(ranking[row], keep, quota)
+        for ranking in rankings:
+            left -= _take(ranking[row], keep, left)
+        if left:
+            keep[np.flatnonzero(~keep)[:left]] = True
     return kept
 
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
+import numpy.typing as npt
 
 from edge_csp.policy.base import BoolArray, FloatArray, IntArray
 
@@ -60,22 +61,21 @@ def _take(score: FloatArray, keep: BoolArray, n: int, keys: IntArray) -> int:
 
 
 @_compile
-def select(
-    scores_self: FloatArray, scores_cross: FloatArray, protected: BoolArray, k_self: int, k_cross: int, n_keep: int
-) -> BoolArray:
-    """csp_select for rows [n_row, n_cell]."""
+def select(rankings: FloatArray, shares: npt.NDArray[np.int64], protected: BoolArray, n_keep: int) -> BoolArray:
+    """share_select for rankings f32 [n_ranking, n_row, n_cell] and rows bool [n_row, n_cell]."""
     kept: BoolArray = protected.copy()
     keys = np.empty(protected.shape[1], np.int32)
+    total = max(shares.sum(), 1)
     for row in range(protected.shape[0]):
-        own, cross, keep = scores_self[row], scores_cross[row], kept[row]
+        keep = kept[row]
         places = n_keep - keep.sum()
-        n_cross = k_cross * places // max(k_self + k_cross, 1)
-        n_self = places - n_cross
-        n_self -= _take(own, keep, n_self, keys)
-        n_cross -= _take(cross, keep, n_cross, keys)
-        n_self -= _take(cross, keep, n_self, keys)
-        n_cross -= _take(own, keep, n_cross, keys)
-        left = n_self + n_cross
+        left = places
+        quotas = shares * places // total
+        quotas[0] = places - quotas[1:].sum()
+        for i in range(quotas.size):
+            left -= _take(rankings[i, row], keep, quotas[i], keys)
+        for i in range(quotas.size):
+            left -= _take(rankings[i, row], keep, left, keys)
         for cell in range(keep.size):
             if left == 0:
                 break

@@ -12,14 +12,14 @@ import pytest
 
 from edge_csp import Context, Pruning, Sampling, Session, VisionModel
 from edge_csp.bench.quality import cache, downsample, stats
-from edge_csp.bench.quality.albums import Album, Question, draw_album, normalised
+from edge_csp.bench.quality.albums import Album, Question, normalised
 from edge_csp.bench.quality.protocols import PROTOCOLS
 from edge_csp.bench.quality.reading import Reading, chat_messages, open_context
 from edge_csp.budget import parse_budget
 from edge_csp.chat import Message
 from edge_csp.errors import BenchError
 from edge_csp.metadata import read_info
-from edge_csp.policy import CspPolicy, CuedQuotaPolicy, LookMPolicy
+from edge_csp.policy import CspPolicy, LookMPolicy, RehearsedBlendPolicy
 from tests.bench.quality import N_PREDICT, answers, measured
 from tests.oracle.random_mmproj import make_mmproj
 from tests.oracle.random_models import make_model
@@ -62,7 +62,7 @@ def test_everything_kept_is_the_full_cache(model: VisionModel, album: Album) -> 
         assert record.same
         assert record.answer == record.full
         assert record.right == record.full_right
-        assert record.kl < 1e-9
+        assert record.kl < 1e-6  # a token that is read again alone is rounded otherwise, in f16
         assert record.n_cell == record.n_token
 
 
@@ -116,7 +116,7 @@ def said_before(session: Session, pruning: Pruning, album: Album, messages: Sequ
 def test_first_before_and_later_are_what_sessions_answer(model: VisionModel, album: Album) -> None:
     """The harness puts states back and evicts cells chosen before; here everything is read and evicted as it comes."""
     found = measured(model, album, "csp", budgets=["10%"])
-    pruning = Pruning(parse_budget("10%"), CspPolicy())
+    pruning = Pruning(parse_budget("10%"), CspPolicy(), min_cells=0)
     session = live(model, 1024, pruning)
     with session.context:
         first, before = [], []
@@ -149,7 +149,7 @@ def test_merged_rows_are_those_of_sessions(model: VisionModel, album: Album) -> 
         assert [replace(one, evict_s=0) for one in both if one.policy == other] == [
             replace(one, evict_s=0) for one in alone
         ]
-    pruning = Pruning(parse_budget("10%"), LookMPolicy(merge="pivotal"))
+    pruning = Pruning(parse_budget("10%"), LookMPolicy(merge="pivotal"), min_cells=0)
     session = live(model, 1024, pruning)
     with session.context as context:
         first, before, window = [], [], []
@@ -175,34 +175,23 @@ def test_merged_rows_are_those_of_sessions(model: VisionModel, album: Album) -> 
     assert [one.kl for one in plain] != [one.kl for one in found]
 
 
-def test_cues_are_counted(model: VisionModel, album: Album) -> None:
-    found = measured(model, album, "quota", "quota+", budgets=["20%"])
-    session = live(model, 1024, Pruning(policy=CuedQuotaPolicy()))
+def test_rehearsals_are_counted(model: VisionModel, album: Album) -> None:
+    found = measured(model, album, "blend", "blend+", budgets=["20%"])
+    session = live(model, 1024, Pruning(policy=RehearsedBlendPolicy()))
     with session.context:
         session.prefill(album.messages, add_generation_prompt=False)
-        n_token = session.counters.n_cue_token
+        session.select(100)
+        n_token = session.counters.n_rehearsed
+    before = [one for one in found if one.protocol == "before" and one.policy == "blend+"]
+    assert {(one.extra_token, one.extra_picture) for one in before} == {(n_token, 4)}
+    assert all(one.extra_s > 0 for one in found if one.policy == "blend+" and one.protocol in ("window", "first"))
     for one in found:
-        if one.policy == "quota":
+        if one.policy == "blend":
             assert (one.extra_token, one.extra_s, one.extra_picture) == (0, 0, 0)
-        elif one.protocol != "bounded":
-            assert (one.extra_token, one.extra_picture) == (n_token, 4)
-            assert one.extra_s > 0
-    turns = [one for one in found if one.protocol == "bounded" and one.policy == "quota+"]
-    assert [one.extra_picture for one in turns] == [1, *[1, 0] * 3]
-    assert [one.extra_token > 0 for one in turns] == [one.extra_s > 0 for one in turns] == [True, *[True, False] * 3]
-    rows = [{"model": "demo", "topic": "", "length": 0, "n_picture": 4, "album": 0} | one.to_dict() for one in found]
+    rows = [{"model": "demo", "n_picture": 4, "album": 0} | one.to_dict() for one in found]
     costs = {(one.protocol, one.policy): one for one in stats.summarise(rows)}
-    assert costs["before", "quota+"].extra_token == n_token / 4
-    assert costs["bounded", "quota+"].extra_token == sum(one.extra_token for one in turns) / 4
-    assert costs["before", "quota"].extra_token == costs["before", "quota"].extra_s == 0
-
-
-def test_cues_that_do_not_fit_are_not_asked(model: VisionModel) -> None:
-    session = live(model, 256, Pruning(policy=CuedQuotaPolicy(), cells=16))
-    with session.context:
-        session.prefill(draw_album(0, 2, 2, seed=1).messages, add_generation_prompt=False)
-        assert session.counters.n_cue_token == 0
-        assert session.counters.n_eviction > 0
+    assert costs["before", "blend+"].extra_token == n_token / 4
+    assert costs["before", "blend"].extra_token == costs["before", "blend"].extra_s == 0
 
 
 def test_window_reads_the_last_token_from_what_is_left(model: VisionModel, album: Album) -> None:
@@ -253,7 +242,7 @@ def test_reading_again(model: VisionModel, album: Album) -> None:
         assert (one.protocol, one.question, one.answer, one.n_cell) == (
             other.protocol, other.question, other.answer, other.n_cell,
         )  # fmt: skip
-        assert one.kl == pytest.approx(other.kl, abs=1e-3)
+        assert one.kl == pytest.approx(other.kl, rel=1e-3, abs=1e-3)
         assert one.extra_token == other.extra_token == 0
     assert sum(record.extra_token > 64 for record in again) > len(again) / 2
     assert all(record.extra_token == 0 for record in again if record.protocol == "later" and record.turn == 0)
@@ -339,7 +328,7 @@ def test_templates(demo_files: tuple[Path, Path], album: Album) -> None:
             reading = Reading(context, album, N_PREDICT)
             assert reading.messages[-1] == {"role": "assistant", "content": "Okay."}
             assert reading.text.endswith("[assistant]Okay.")
-        assert all(one.same for one in measured(opened, album, "full"))
+        assert all(one.kl < 1e-5 for one in measured(opened, album, "full"))  # two tokens are nearly as likely
         opened.info = replace(opened.info, chat_template=REWRITES)
         with pytest.raises(BenchError, match="rewrites earlier turns"):
             measured(opened, album, "full", protocols=["before"])

@@ -217,7 +217,7 @@ def test_questions_about_text_need_no_second_reading_of_it(
 ) -> None:
     """Cells that are chosen behind the state of the album are those of sessions that have read all of it."""
     album = notes.facts_album("a", 100, 3, "seed")
-    policies, what = ("csp:pool=1", "quota", "keydiff", "random"), {"protocols": ["window"], "budgets": ["20%"]}
+    policies, what = ("csp", "blend", "keydiff", "random"), {"protocols": ["window"], "budgets": ["20%"]}
     found = measured(text_model, album, *policies, **what)
     monkeypatch.setattr(Reading, "_go_on", None)
     init = Reading.__init__

@@ -135,8 +135,8 @@ def test_every_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
                 "n_cell": "int",
                 "n_keep": "int",
                 "decode": "times",
-                "policies": {"quota": steps | {"to_csp": "ratio"}, "csp": steps | {"to_csp": "NoneType"}},
-                "decode_steps": {"quota": "float", "csp": "float"},
+                "policies": {"blend": steps | {"to_csp": "ratio"}, "csp": steps | {"to_csp": "NoneType"}},
+                "decode_steps": {"blend": "float", "csp": "float"},
             }
         ],
         "turns": {"n_cell": "int", "n_keep": "int", "going_on": "times", "again": "times", "share": "float"},
@@ -145,7 +145,7 @@ def test_every_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     out = capsys.readouterr().out
     assert all(
         word in out
-        for word in ("unpruned f16, FA off", "never more cells", "bounded is faster", "csp takes", "quota, times csp")
+        for word in ("unpruned f16, FA off", "never more cells", "bounded is faster", "csp takes", "blend, times csp")
     )
     assert f"{point_512['gain']:.2f} x" in out
 
@@ -166,7 +166,7 @@ def test_pruned_contexts_are_pruned() -> None:
         cache.fill(512)
         with pytest.raises(BenchError, match="full"):
             cache.step()
-        assert set(cache.evict(100, "quota")) == {"scores", "select", "keep"}
+        assert set(cache.evict(100, "blend")) == {"scores", "select", "keep"}
         assert cache.step() > 0
         bounded = RemoteCache(worker, 512, Setting(), records=True, cells=512)
         for _ in range(10):
@@ -189,7 +189,7 @@ def test_evictions_are_of_a_conversation_with_pictures() -> None:
         _, tags = cache._context.cells()
         is_picture = np.repeat([span.is_picture for span in spans], [span.n_cell for span in spans])
         assert (tags == np.where(is_picture, native.IMAGE, native.TEXT)).all()
-        for policy in ("quota", "lookm:merge=average", "quota+:n_obs=16"):
+        for policy in ("blend", "lookm:merge=average", "csp:n_obs=16"):
             cache.fill(1500)
             before = cache._context.rows(0, "k")
             times = cache.evict(300, policy)

@@ -47,7 +47,7 @@ def test_scripted_conversation(cli: Cli, model: list[str], pictures: list[Path],
         "/exit",
         "What is never asked?",
     ]
-    result = cli("chat", *model, "--budget", "50%", stdin="\n".join(script))
+    result = cli("chat", *model, "--budget", "50%", "--min-cells", "0", stdin="\n".join(script))
     assert result.returncode == 0, result.stderr
     assert "\x1b" not in result.stdout + result.stderr
     assert "Traceback" not in result.stderr
@@ -93,7 +93,9 @@ def test_six_turns_with_eight_pictures(cli: Cli, model: list[str], pictures: lis
 
 
 def test_what_goes_wrong_in_a_turn_does_not_end_the_chat(cli: Cli, model: list[str]) -> None:
-    result = cli("chat", *model, "-c", "256", stdin="What is this? " * 200 + "\nWhat is this?\n/stats\n")
+    result = cli(
+        "chat", *model, "-c", "256", "--policy", "full", stdin="What is this? " * 200 + "\nWhat is this?\n/stats\n"
+    )
     assert result.returncode == 0
     assert "edge-csp: error: the prompt needs" in result.stderr
     assert re.search(r"turns\s+1\b", result.stdout)

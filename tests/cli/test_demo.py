@@ -35,7 +35,7 @@ def album(tmp_path: Path, demo_files: tuple[Path, Path], monkeypatch: pytest.Mon
 
 @pytest.mark.usefixtures("album")
 def test_numbers_add_up(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "-t", "1", "--budget", "30%", "--json"]) == 0
+    assert main(["demo", "-t", "1", "--budget", "30%", "--min-cells", "0", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["n_question"], result["pictures_encoded"], result["budget"]) == (2, 3, "30%")
     for question in result["questions"]:

@@ -96,7 +96,7 @@ def test_budget(refused: Refused, model: list[str], budget: str) -> None:
 
 def test_prompt_longer_than_the_context(refused: Refused, model: list[str]) -> None:
     words = ("the prompt needs", "the context has 256", "-c")
-    refused("run", *model, "-c", 256, stdin="What is this? " * 200, words=words)
+    refused("run", *model, "-c", 256, "--policy", "full", stdin="What is this? " * 200, words=words)
 
 
 def test_unknown_repository_offline(refused: Refused) -> None:
@@ -112,10 +112,11 @@ def test_no_model(refused: Refused) -> None:
 
 def test_settings_out_of_range(refused: Refused, model: list[str]) -> None:
     for option, value, word in (
-        ("--policy", "best", "csp, full, h2o"),
-        ("--cross-ratio", "nan", "between 0 and 1"),
+        ("--policy", "best", "blend, blend+, csp, full, h2o"),
+        ("--cross-ratio", "0.5", "policy blend does not know cross_ratio"),
         ("--softmax-n", "-1", "softmax_n"),
         ("--n-recent", "-1", "n_recent"),
+        ("--min-cells", "-1", "min_cells"),
         ("--temp", "nan", "temperature"),
         ("-ctk", "q9", "K cache type"),
         ("-fa", "maybe", "flash attention"),

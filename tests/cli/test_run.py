@@ -10,6 +10,8 @@ from PIL import Image
 
 from tests.cli.conftest import Cli
 
+ANY_SIZE = ["--min-cells", "0"]
+
 
 def test_answer_on_stdout_notes_on_stderr(cli: Cli, model: list[str], pictures: list[Path], tmp_path: Path) -> None:
     grey = tmp_path / "grey.png"
@@ -26,7 +28,19 @@ def test_answer_on_stdout_notes_on_stderr(cli: Cli, model: list[str], pictures: 
 @pytest.mark.parametrize("policy", ["csp", "snapkv", "streaming", "random", "full"])
 def test_json_adds_up(cli: Cli, model: list[str], pictures: list[Path], policy: str) -> None:
     images = [argument for path in pictures[:3] for argument in ("--image", path)]
-    result = cli("run", "-p", "What is in picture 1?", *images, "--budget", "40%", "--policy", policy, "--json", *model)
+    result = cli(
+        "run",
+        "-p",
+        "What is in picture 1?",
+        *images,
+        "--budget",
+        "40%",
+        *ANY_SIZE,
+        "--policy",
+        policy,
+        "--json",
+        *model,
+    )
     got = json.loads(result.stdout)
     n_answer = got["times"]["n_generated"]
     n_prompt = got["cells"] - n_answer
@@ -45,7 +59,8 @@ def test_a_policy_of_the_user(cli: Cli, model: list[str], pictures: list[Path], 
     """It is asked, with its settings, for every layer."""
     (tmp_path / "mine.py").write_text(MINE, encoding="utf-8")
     policy = f"{tmp_path / 'mine.py'}:Mine"
-    ask = ["run", "-p", "What is in picture 1?", "--image", pictures[0], "--budget", "40%", *model, "--policy", policy]
+    ask = ["run", "-p", "What is in picture 1?", "--image", pictures[0], "--budget", "40%", *ANY_SIZE, *model]
+    ask += ["--policy", policy]
     result = cli(*ask, "--policy-set", "seen=a word", "--json")
     assert json.loads(result.stdout)["policy"] == policy
     assert "a word, layer 3" in result.stderr

@@ -20,12 +20,12 @@ MAY_IMPORT = {leaf: {"errors"} for leaf in LEAVES} | {
     "overlay": {"errors"},
     "patches": {"items", "policy", "errors"},
     "pruning": {"context", "policy", "budget", "errors"},
-    "plan": {"native", "budget", "images", "metadata", "model", "context", "session", "errors"},
-    "cues": {"chat", "context", "images", "model", "sampling"},
+    "plan": {"native", "budget", "images", "metadata", "model", "context", "pruning", "session", "errors"},
+    "rehearsal": {"chat", "context", "errors", "images", "items", "model", "policy", "sampling"},
     "reread": {"chat", "context", "images", "items", "model"},
     "pins": {"chat", "items", "pruning", "errors"},
     "session": LEAVES
-    | {"context", "sampling", "pruning", "cues", "items", "patches", "pins", "reread", "usage", "errors"},
+    | {"context", "sampling", "pruning", "rehearsal", "items", "patches", "pins", "reread", "usage", "errors"},
     "usage": {"items"},
     "opening": LEAVES | {"context", "sampling", "pruning", "items", "session", "errors"},
 }

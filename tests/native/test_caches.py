@@ -23,11 +23,12 @@ from tests.native.test_sequences import SEVERAL, decode, tokens_of
 from tests.oracle.numpy_llama import softmax
 from tests.oracle.random_models import make_model
 from tests.oracle.runtime import Runtime, relative_error
+from tests.oracle.test_numpy_llama import TOLERANCE_FLASH
 
 N_HEAD, N_HEAD_KV, HEAD_DIM = 4, 2, 32
 N_PAST = 60
-TOLERANCE = 5e-6  # f32 rounding of a whole forward pass
-TOLERANCE_BATCH = 1e-4  # upstream's own: batches of other sizes are multiplied in another order (gemma3: up to 2e-5)
+TOLERANCE_ORDER = 1e-4  # f32, upstream's own: batches of other sizes, cells elsewhere, other sums (gemma3: up to 2e-5)
+TOLERANCE_F16 = 2e-3  # the same with an f16 cache: a value that rounds the other way is off by 1/2048
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class Kind:
     arch: str
     path: Path
     layers: tuple[int, ...]  # with full attention, and so in the cache that is pruned
+
+    @property
+    def has_windows(self) -> bool:
+        return self.arch in ("gemma3", "gpt-oss")
 
 
 LAYERS = {"llama": (0, 1, 2, 3, 4, 5), "gemma3": (5,), "gpt-oss": (1, 3, 5), "lfm2": (1, 3, 5)}
@@ -94,8 +99,8 @@ def test_the_same_cells_in_all_heads(kind: Kind, device: Open, swa_full: bool) -
         csp.close()
     with device(kind.path, n_ubatch=32, context_params=params) as runtime:
         plain = in_parts(runtime, text[:N_PAST], text[N_PAST:])[N_PAST:]
-    assert relative_error(actual, expected) <= TOLERANCE
-    assert relative_error(plain, expected) > 100 * TOLERANCE  # the removed cells matter
+    assert relative_error(actual, expected) <= TOLERANCE_ORDER  # new cells lie in the holes there, behind the kept here
+    assert relative_error(plain, expected) > 10 * TOLERANCE_ORDER  # the removed cells matter
 
 
 @pytest.mark.parametrize("n", [0.0, 1.5])
@@ -174,25 +179,42 @@ def others_of(runtime: Runtime) -> bytes:
 
 @pytest.mark.parametrize("flash", [False, True])
 def test_a_saved_sequence_goes_on(kind: Kind, device: Open, flash: bool) -> None:
-    with device(kind.path, flash_attn=flash, type_k="f16", type_v="f16") as runtime:
+    """Bit for bit as where it was saved: its cells are the first ones again, in their order, whatever was there before.
+    Of sliding windows llama.cpp saves what can still be seen, and that lay further back: its sums had another order.
+    """
+    settings = {"flash_attn": flash, "type_k": "f16", "type_v": "f16"}
+
+    def follow_up(runtime: Runtime) -> list[npt.NDArray[np.float32]]:
+        return [runtime.decode(part) for part in (tokens(8, 3), tokens(1, 4))]
+
+    with device(kind.path, **settings) as runtime:
         csp = Csp.attach(runtime.ctx)
         runtime.decode(tokens(N_PAST))
         csp.keep(random_cells(csp, 20, seed=1))
         runtime.decode(tokens(9, 2))
         saved = sequence_state(runtime), csp.state()
         cells = [array.tobytes() for array in csp.cells()]
-        expected = [runtime.decode(part).tobytes() for part in (tokens(8, 3), tokens(1, 4))]
+        expected = follow_up(runtime)
         csp.close()
-    with device(kind.path, flash_attn=flash, type_k="f16", type_v="f16") as runtime:
-        csp = Csp.attach(runtime.ctx)
-        runtime.decode(tokens(7))
-        restore_sequence(runtime, saved[0])
-        csp.set_state(saved[1])
-        assert [array.tobytes() for array in csp.cells()] == cells
-        assert (csp.info().n_cell, csp.info().n_kept) == (29, 20)
-        runtime.n_past = N_PAST + 9
-        assert [runtime.decode(part).tobytes() for part in (tokens(8, 3), tokens(1, 4))] == expected
-        csp.close()
+    found = []
+    for n_before in (0, 7):
+        with device(kind.path, **settings) as runtime:
+            csp = Csp.attach(runtime.ctx)
+            if n_before:
+                runtime.decode(tokens(n_before))
+            restore_sequence(runtime, saved[0])
+            csp.set_state(saved[1])
+            assert [array.tobytes() for array in csp.cells()] == cells
+            assert (csp.info().n_cell, csp.info().n_kept) == (29, 20)
+            runtime.n_past = N_PAST + 9
+            found.append(follow_up(runtime))
+            csp.close()
+    for into_empty, into_used, where_saved in zip(*found, expected, strict=True):
+        assert into_empty.tobytes() == into_used.tobytes()
+        if kind.has_windows:
+            assert relative_error(into_empty, where_saved) <= TOLERANCE_F16
+        else:
+            assert into_empty.tobytes() == where_saved.tobytes()
 
 
 def test_removal(kind: Kind) -> None:
@@ -201,7 +223,7 @@ def test_removal(kind: Kind) -> None:
         csp = Csp.attach(runtime.ctx)
         runtime.decode(tokens(N_PAST))
         csp.keep(random_cells(csp, 20, seed=1))
-        runtime.decode(tokens(9, 2))
+        in_parts(runtime, tokens(9, 2)[:5], tokens(9, 2)[5:])
         before = csp.state(), sequence_state(runtime).tobytes()
         for begin, end in ((0, 30), (30, 40), (59, -1), (1, -1)):
             assert not runtime.remove(begin, end)
@@ -210,7 +232,7 @@ def test_removal(kind: Kind) -> None:
         if kind.arch != "lfm2":
             assert csp.info().n_cell == 25
             runtime.n_past = 65
-            runtime.decode(tokens(9, 2)[5:])
+            runtime.decode(tokens(9, 2)[5:])  # the same batch in the same cells
         assert (csp.state(), sequence_state(runtime).tobytes()) == before
         memory = llama_cpp.llama_get_memory(runtime.ctx)
         llama_cpp.llama_memory_seq_add(memory, 0, 0, -1, 5)
@@ -281,7 +303,7 @@ def test_sequences(kind: Kind, device: Open) -> None:
         csp.close()
     for seq_id in n_past:
         for actual, expected in zip(together[seq_id], alone(seq_id), strict=True):
-            assert relative_error(actual, expected) <= TOLERANCE_BATCH
+            assert relative_error(actual, expected) <= TOLERANCE_ORDER
 
 
 def test_copy_of_a_sequence(kind: Kind) -> None:
@@ -293,7 +315,7 @@ def test_copy_of_a_sequence(kind: Kind) -> None:
         llama_cpp.llama_memory_seq_cp(llama_cpp.llama_get_memory(runtime.ctx), 0, 1, -1, -1)
         for seq_id in (0, 1):
             csp.keep(random_cells(csp, 20, seed=2, seq_id=seq_id), seq_id=seq_id)
-        logits = decode(runtime, {0: tokens_of(1, 4), 1: tokens_of(1, 4)}, {0: N_PAST, 1: N_PAST})
+        logits = [decode(runtime, {seq_id: tokens_of(1, 4)}, {seq_id: N_PAST})[seq_id] for seq_id in (0, 1)]
         csp.close()
     assert logits[0].tobytes() == logits[1].tobytes()
 
@@ -327,7 +349,8 @@ def test_partial_offload(
             csp = Csp.attach(runtime.ctx)
             logits = [runtime.decode(tokens(N_PAST))]
             scores = csp.scores(32)
-            csp.keep(csp.select(scores, k_self=20, k_cross=0, n_recent=5))
+            ranked = results[0][1] if results else scores  # their last bits may decide which cells stay
+            csp.keep(csp.select(ranked, k_self=20, k_cross=0, n_recent=5))
             logits.append(runtime.decode(tokens(9, 2)))
             saved = csp.state()
             results.append((np.concatenate(logits), scores, saved))
@@ -388,7 +411,7 @@ def test_different_types_of_k_and_v(wide: Path, device: Open, type_k: str, type_
         runtime.decode(text[:N_PAST])
         assert relative_error(scores[0], csp.scores(32)[0]) <= 1e-6
         csp.close()
-    assert relative_error(actual, expected) <= 2e-3  # flash attention sums in f16, in another order
+    assert relative_error(actual, expected) <= TOLERANCE_FLASH  # the cells lie in another order
 
 
 @pytest.mark.parametrize("n", [0.0, 2.0])
@@ -410,4 +433,4 @@ def test_sinks_of_the_model(tmp_path: Path, n: float, device: Open) -> None:
     x = q @ k.transpose(0, 1, 3, 2) / np.float32(np.sqrt(HEAD_DIM))
     own = np.stack([sinks[f"blk.{il}.attn_sinks.weight"] for il in (1, 3)])
     expected = softmax(x, np.tri(N_PAST, dtype=np.bool_), (n + np.exp(own))[..., None, None])
-    assert relative_error(rows, expected) <= 1e-6
+    assert relative_error(rows, expected) <= 2e-6  # f32 rounds a logit of 8 by 5e-7

@@ -36,7 +36,7 @@ def test_scores(model: Path, device: Open, cache: str, n_obs: int, n: float) -> 
     k = np.ascontiguousarray(rows.k).view(DTYPE[cache]).astype(np.float32)
     q = q.astype(DTYPE[cache]).astype(np.float32)  # ggml multiplies an f16 matrix with rounded rows
     expected = window_scores(q, k, np.zeros(70, np.int64), n_obs, n, n_modality=3)
-    assert relative_error(scores, expected) <= 1e-6
+    assert relative_error(scores, expected) <= 2e-6  # f32 rounds a logit of 8 by 5e-7
 
 
 def test_scores_by_modality(model: Path, device: Open) -> None:
@@ -74,7 +74,7 @@ def test_all_ways_to_score(tmp_path: Path, cache: str, head_dim: int, monkeypatc
         scores = csp.scores(40, 0.5)
         for way in ("graph", "graph-portable"):
             monkeypatch.setenv("LLAMA_CSP_SCORES", way)
-            assert relative_error(csp.scores(40, 0.5), scores) <= 1e-6
+            assert relative_error(csp.scores(40, 0.5), scores) <= 2e-6
         csp.close()
 
 

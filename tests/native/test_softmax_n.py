@@ -14,6 +14,7 @@ from tests.native.conftest import Open
 from tests.oracle.numpy_llama import NumpyLlama, attend, causal_mask
 from tests.oracle.runtime import Runtime, relative_error
 
+TOLERANCE_ROW = 3e-6  # a softmax of f32 logits: ln n of 1e4 is rounded by up to 5e-7, and so are differences from it
 TOLERANCE_FORWARD = 5e-6  # f32 rounding of a whole forward pass
 TOLERANCE_FLASH = 5e-3  # llama.cpp's CPU kernel casts f32 caches to f16 and sums the values in f16
 TOKENS = np.random.default_rng(1).integers(0, 96, 50)
@@ -47,7 +48,7 @@ def test_attention(model: Path, device: Open, kind: str) -> None:
     seen = causal_mask(np.arange(len(TOKENS)))
     per_head = np.broadcast_to(n, (oracle.n_layer, oracle.n_head))
     for il in range(oracle.n_layer):
-        assert relative_error(out[il], attend(q[il], k[il], v[il], seen, per_head[il])[0]) <= 1e-6
+        assert relative_error(out[il], attend(q[il], k[il], v[il], seen, per_head[il])[0]) <= TOLERANCE_ROW
 
 
 @pytest.mark.parametrize("flash", [False, True])

@@ -133,7 +133,7 @@ def test_attention_rows(model: Path) -> None:
             with_sink.attention[0, head], weight / (n[0, head] + weight.sum(axis=-1, keepdims=True)), atol=1e-6
         )
     out, rows = attend(q, k, v, seen, n[0].astype(np.float32))
-    assert np.array_equal(rows, with_sink.attention[0])
+    np.testing.assert_allclose(rows, with_sink.attention[0], atol=1e-6)  # q and k are laid out otherwise in memory
     assert out.shape == (oracle.n_head, 30, oracle.head_dim)
 
 

@@ -51,11 +51,7 @@ def make_observation(generator: np.random.Generator, shape: tuple[int, int, int]
         measured[name] = values
     tag = generator.integers(0, n_modality, shape).astype(np.uint8)
     pos = np.sort(generator.integers(0, 10 * n_cell, shape).astype(np.int32), axis=-1)
-    contrasts = [None, generator.integers(0, 3, 16).astype(np.float32)]
-    spans = [
-        Span(16, is_picture=i % 2 == 1, columns=i % 3 * 4, contrast=contrasts[i % 4 // 2])
-        for i in range(1 + int(pos.max()) // 16)
-    ]
+    spans = [Span(16, is_picture=i % 2 == 1, columns=i % 3 * 4) for i in range(1 + int(pos.max()) // 16)]
     return Observation(tag, pos, span=pos // 16, offset=pos % 16, spans=spans, **measured)
 
 
@@ -285,7 +281,7 @@ def test_make_policy() -> None:
     assert make_policy("csp", cross_ratio=0.25) == CspPolicy(cross_ratio=0.25)
     with pytest.raises(
         PolicyError,
-        match=r"no policy is named 'best'; there are csp, full, h2o, keydiff, lookm, quota, quota\+, random",
+        match=r"no policy is named 'best'; there are blend, blend\+, csp, full, h2o, keydiff, lookm, random",
     ):
         make_policy("best")
     with pytest.raises(PolicyError, match="csp does not know budget; its settings are cross_ratio, pool"):

@@ -77,7 +77,9 @@ def test_compiled_is_numpy(case: tuple[FloatArray, FloatArray, BoolArray, int, i
     pytest.importorskip("numba")
     select = kernels.compiled_select()
     assert select is not None
-    assert np.array_equal(select(*case), kernels.select_numpy(*case))
+    own, cross, protected, k_self, k_cross, n_keep = case
+    arguments = np.stack([own, cross]), np.array([k_self, k_cross]), protected, n_keep
+    assert np.array_equal(select(*arguments), kernels.select_numpy(*arguments))
 
 
 def test_compiled_is_numpy_on_odd_floats() -> None:
@@ -86,12 +88,12 @@ def test_compiled_is_numpy_on_odd_floats() -> None:
     select = kernels.compiled_select()
     assert select is not None
     values = np.array([0, -0.0, 1e-45, 1e-38, 3e38, np.inf, -1, -np.inf, np.nan, 1, np.nextafter(np.float32(1), 2)])
-    own, cross = np.random.default_rng(0).choice(values.astype(np.float32), (2, 500, 30))
+    both, shares = np.random.default_rng(0).choice(values.astype(np.float32), (2, 500, 30)), np.array([3, 4])
     protected = np.zeros((500, 30), np.bool_)
     for n_keep in (1, 7, 15, 29):
-        expected = kernels.select_numpy(own, cross, protected, 3, 4, n_keep)
+        expected = kernels.select_numpy(both, shares, protected, n_keep)
         assert (expected.sum(axis=-1) == n_keep).all()
-        assert np.array_equal(select(own, cross, protected, 3, 4, n_keep), expected)
+        assert np.array_equal(select(both, shares, protected, n_keep), expected)
 
 
 def test_many_selections_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Ranks within spans against a plain reading of them."""
+"""Shares of rankings, and ranks within spans, against a plain reading of them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,51 @@ def plain_ranks(rankings: list[list[float]], protected: set[int]) -> list[int]:
     for place in cells:
         order += [turn[place] for turn in turns]
     return [list(dict.fromkeys(order)).index(cell) for cell in cells]
+
+
+def plain_shares(rankings: list[list[float]], shares: list[int], protected: set[int], n_keep: int) -> set[int]:
+    """One row, word for word."""
+    kept = set(protected)
+    cells = range(len(rankings[0]))
+
+    def take(ranking: list[float], n: int) -> None:
+        scored = (cell for cell in cells if cell not in kept and ranking[cell] > 0)
+        kept.update(sorted(scored, key=lambda cell: -ranking[cell])[:n])
+
+    places = n_keep - len(kept)
+    quotas = [share * places // sum(shares) if sum(shares) else 0 for share in shares]
+    quotas[0] = places - sum(quotas[1:])
+    for ranking, quota in zip(rankings, quotas, strict=True):
+        take(ranking, quota)
+    for ranking in rankings:
+        take(ranking, n_keep - len(kept))
+    kept.update([cell for cell in cells if cell not in kept][: n_keep - len(kept)])
+    return kept
+
+
+@settings(deadline=None)
+@given(
+    n_ranking=st.integers(1, 4),
+    n_cell=st.integers(1, 50),
+    density=st.sampled_from([0, 0.1, 0.5, 1]),
+    levels=st.sampled_from([1, 3, 50]),
+    seed=st.integers(0, 2**32),
+)
+def test_rankings_share_the_cells(n_ranking: int, n_cell: int, density: float, levels: int, seed: int) -> None:
+    """In numpy and compiled."""
+    generator = np.random.default_rng(seed)
+    shape = (n_ranking, 3, n_cell)
+    scores = generator.integers(1, levels + 1, shape) * (generator.random(shape) < density)
+    rankings, shares = scores.astype(np.float32), generator.integers(0, 5, n_ranking)
+    protected = generator.random((3, n_cell)) < generator.choice([0, 0.2])
+    n_keep = int(generator.integers(int(protected.sum(axis=-1).max()), n_cell + 1))
+    keep = kernels.share_select([*rankings], shares.tolist(), protected, n_keep)
+    for row in range(3):
+        of_row = [ranking[row].tolist() for ranking in rankings]
+        expected = plain_shares(of_row, shares.tolist(), {*np.flatnonzero(protected[row])}, n_keep)
+        assert {*np.flatnonzero(keep[row])} == expected
+    if (select := kernels.compiled_select()) is not None:
+        assert np.array_equal(select(rankings, shares, protected, n_keep), keep)
 
 
 @st.composite

@@ -83,7 +83,7 @@ def test_entry_point(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         make_policy("twice")
     with pytest.raises(PolicyError, match="policy gone cannot be loaded: ModuleNotFoundError"):
         make_policy("gone")
-    with pytest.raises(PolicyError, match=r"there are csp, .*shiny, .*, and your own as module:Class"):
+    with pytest.raises(PolicyError, match=r"there are blend, .*shiny, .*, and your own as module:Class"):
         make_policy("best")
 
 

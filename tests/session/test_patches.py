@@ -13,7 +13,7 @@ from PIL import Image
 from edge_csp import Context, Picture, Pruning, Session, VisionModel, load_picture, make_policy, parse_budget
 from edge_csp.errors import ModelError
 from edge_csp.items import Item
-from edge_csp.patches import boxes, contrast, grid
+from edge_csp.patches import boxes, grid
 from tests.oracle.random_mmproj import make_mmproj
 from tests.oracle.random_models import make_model
 
@@ -34,43 +34,8 @@ def model(demo_files: tuple[Path, Path]) -> Iterator[VisionModel]:
 
 
 def pruned(model: VisionModel, budget: str = "30%", policy: str = "csp", n_ctx: int = 2048, **settings: int) -> Session:
-    pruning = Pruning(parse_budget(budget), make_policy(policy), **settings)
+    pruning = Pruning(parse_budget(budget), make_policy(policy), min_cells=0, **settings)
     return Session(Context(model, n_ctx=n_ctx), pruning=pruning)
-
-
-def test_contrast_is_a_share_of_the_variance() -> None:
-    embeddings = np.random.default_rng(0).normal(3, 1, (12, 5)).astype(np.float32)
-    embeddings[7] += 10
-    found = contrast(embeddings)
-    distances = [sum((row - embeddings.mean(axis=0)) ** 2) for row in embeddings]
-    assert np.allclose(found, 12 * np.array(distances) / sum(distances), rtol=1e-5)
-    assert found.argmax() == 7
-    assert (contrast(np.ones((4, 5), np.float32)) == 1).all()
-    assert (contrast(np.full((4, 5), np.inf, np.float32)) == 1).all()
-
-
-def test_kept_patches_of_the_album_lie_on_shapes_and_digits(model: VisionModel) -> None:
-    """With the default policy, but for the first patch; told from the background by the colour of the pixels."""
-    paths = sorted((ROOT / "edge_csp" / "demo" / "album").glob("*.png"))
-    pictures = [load_picture(path) for path in paths]
-    chat = pruned(model, "20%", "quota")
-    chat.prefill([{"role": "user", "content": [*({"type": "image", "picture": one} for one in pictures), QUESTION]}])
-    chat.prune()
-    drawn, kept = np.array([is_drawn(one) for one in pictures]), np.array([one.share for one in chat.kept_patches()])
-    assert 0.25 < drawn.mean() < 0.35
-    assert kept[..., 0, 0].mean() > 0.9
-    kept[..., 0, 0] = 0
-    assert (kept * drawn[:, None]).sum() / kept.sum() > 0.8
-    chat.context.close()
-
-
-def is_drawn(picture: Picture) -> np.ndarray:
-    """Patches of an album picture that show a part of a shape or digit, bool [8, 8]."""
-    pixels = picture.rgb.astype(np.float32)
-    background = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
-    drawn = np.abs(pixels - background).max(axis=-1) > 40
-    is_drawn: np.ndarray = drawn.reshape(8, 8, 8, 8).mean(axis=(1, 3)) > 1 / 16
-    return is_drawn
 
 
 def test_shares_are_those_of_the_cells(model: VisionModel) -> None:

@@ -81,7 +81,7 @@ def test_a_picture_that_is_gone_is_read_again(context: Watched, album: Album, nu
     assert chat.counters.n_reread_cell > 64
 
 
-@pytest.mark.parametrize("policy", ["random", "h2o", "quota+"])
+@pytest.mark.parametrize("policy", ["random", "h2o", "blend+"])
 def test_afterwards_everything_is_as_without(context: Watched, album: Album, policy: str) -> None:
     """Cells, items, pins and counters, after a turn that read pictures again and after the next one."""
     known = []

@@ -39,7 +39,7 @@ def picture(seed: int) -> Picture:
 
 
 def session(context: Context, budget: str | None = None, policy: str = "csp", **settings: Any) -> Session:
-    pruning = Pruning(parse_budget(budget) if budget else None, make_policy(policy))
+    pruning = Pruning(parse_budget(budget) if budget else None, make_policy(policy), min_cells=0)
     return Session(context, pruning=pruning, sampling=GREEDY, **settings)
 
 
@@ -158,6 +158,7 @@ def test_too_long_a_prompt_changes_nothing(model: VisionModel) -> None:
         chat = session(context)
         ask(chat, "What is in picture 1?", picture(1))
         before = (list(chat.messages), chat.n_token, context.n_cell, chat.counters.n_text_cell)
+        chat.pruning = Pruning(policy=make_policy("full"))
         with pytest.raises(ContextError, match=r"the context has 256"):
             ask(chat, "word " * 500)
         assert before == (list(chat.messages), chat.n_token, context.n_cell, chat.counters.n_text_cell)
@@ -167,7 +168,8 @@ def test_too_long_a_prompt_changes_nothing(model: VisionModel) -> None:
 
 def test_answers_end_where_the_cache_is_full(model: VisionModel) -> None:
     with Context(model, n_ctx=256) as context:
-        chat = Session(context, sampling=Sampling(temperature=0, grammar='root ::= "a" root'))
+        endless = Sampling(temperature=0, grammar='root ::= "a" root')
+        chat = Session(context, pruning=Pruning(policy=make_policy("full")), sampling=endless)
         ask(chat, "What?", n_predict=-1)
         assert chat.finish_reason == "full"
         assert context.n_cell == 256

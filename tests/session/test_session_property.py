@@ -20,14 +20,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from edge_csp import Pruning, Session, VisionModel, parse_budget
+from edge_csp import Pruning, Session, VisionModel, make_policy, parse_budget
 from edge_csp.errors import BudgetError, ContextError
 from edge_csp.native import IMAGE, TEXT
 from tests.session.test_bounded import Watched
 from tests.session.test_session import GREEDY, ask, picture
 
 N_CTX = 512
-COMMON = ("ask", "ask with evictions", "too long", "undo", "clear", "other budget", "pin")
+COMMON = ("ask", "ask with evictions", "too long", "undo", "clear", "other budget", "pin", "rehearsed")
 BUDGETS = st.none() | st.sampled_from(["20%", "60%", "100"])
 NUMBERS = st.integers(0, 1000)
 
@@ -40,17 +40,23 @@ class Conversations(RuleBasedStateMachine):
         self.context.most = 0
 
     @initialize(
+        policy=st.sampled_from(["blend", "blend+", "full"]),
         cells=st.none() | st.integers(80, N_CTX),
         budget=BUDGETS,
         has_system=st.booleans(),
         reread=st.sampled_from([0, 1e-4]),
     )
-    def open(self, cells: int | None, budget: str | None, has_system: bool, reread: float) -> None:
-        self.cells, self.reread = cells, reread
-        pruning = Pruning(parse_budget(budget) if budget else None, cells=cells, reread=reread)
+    def open(self, policy: str, cells: int | None, budget: str | None, has_system: bool, reread: float) -> None:
+        self.evicts = policy != "full"
+        self.policy, self.cells, self.reread = make_policy(policy), cells if self.evicts else None, reread
+        pruning = self.pruning(budget)
         system = "Be short." if has_system else None
         self.session = Session(self.context, pruning=pruning, sampling=GREEDY, system=system)
         self.is_pinned = False
+
+    def pruning(self, budget: str | None) -> Pruning:
+        parsed = parse_budget(budget) if budget else None
+        return Pruning(parsed, self.policy, self.cells, min_cells=16, reread=self.reread)
 
     def teardown(self) -> None:
         self.done["example"] += 1
@@ -66,7 +72,7 @@ class Conversations(RuleBasedStateMachine):
         try:
             ask(self.session, text, *map(picture, seeds), n_predict=n_predict)
         except ContextError:
-            assert self.cells is None
+            assert not self.evicts
             assert self.session.messages == before
             self.done["too long"] += 1
             return
@@ -79,6 +85,7 @@ class Conversations(RuleBasedStateMachine):
         assert [use.name for use in self.session.cache_use().pictures] == [
             part["picture"].name for part in self.picture_parts()
         ]
+        self.done["rehearsed"] += self.session.counters.n_rehearsed > 0
         self.done["reread"] += self.session.counters.n_reread > 0
         self.done["ask with evictions" if self.session.counters.n_evicted else "ask"] += 1
 
@@ -110,7 +117,7 @@ class Conversations(RuleBasedStateMachine):
     @precondition(lambda self: self.session.messages)
     @rule(budget=BUDGETS)
     def other_budget(self, budget: str | None) -> None:
-        self.session.pruning = Pruning(parse_budget(budget) if budget else None, cells=self.cells, reread=self.reread)
+        self.session.pruning = self.pruning(budget)
         self.done["other budget"] += 1
 
     @precondition(lambda self: self.picture_parts())
@@ -135,7 +142,7 @@ class Conversations(RuleBasedStateMachine):
         assert self.context.n_past == sum(item.n_pos for item in items)
         assert session.n_token == use.n_token == sum(item.n_cell for item in items)
         assert use.n_cell == self.context.n_cell <= min(session.n_cell_max, use.n_token)
-        assert self.context.most <= session.n_cell_max
+        assert self.context.most <= (self.cells or N_CTX)
         assert use.n_text + sum(p.n_cell for p in use.pictures) == use.n_token
         assert use.text_kept + sum(p.kept for p in use.pictures) == pytest.approx(use.n_cell)
         assert -1e-6 <= use.text_kept <= use.n_text + 1e-6

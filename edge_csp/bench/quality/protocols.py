@@ -252,8 +252,8 @@ def ask_bounded(context: Context, album: Album, plan: Plan) -> Iterator[Record]:
                 tags.shape[2],
                 cache.kept(tags),
                 seconds=session.counters.evict_s - before.evict_s,
-                extra_token=(n_extra := session.counters.n_cue_token - before.n_cue_token),
-                extra_s=session.counters.cue_s - before.cue_s if n_extra else 0.0,
+                extra_token=(n_extra := session.counters.n_rehearsed - before.n_rehearsed),
+                extra_s=session.counters.rehearse_s - before.rehearse_s if n_extra else 0.0,
                 extra_picture=sum(part["type"] == "image" for part in album.turns[asked.number].parts)
                 if n_extra
                 else 0,

@@ -290,26 +290,26 @@ def select(session: Session, pairs: Sequence[Pair], n_token: int, *, n_picture: 
     context = session.context
     _, tags = context.cells()
     counters = session.counters
-    extra: dict[str, Any] = {}
-    if counters.n_cue_token:
-        extra = {
-            "extra_token": counters.n_cue_token,
-            "extra_s": counters.cue_s,
-            "extra_picture": n_picture,
-        }
     found = []
     for spec, budget in pairs:
         session.pruning = spec.pruning()
         n_budget = budget.cells(n_token, context.bytes_per_cell)
-        began = time.perf_counter()
+        began, rehearse_s = time.perf_counter(), counters.rehearse_s
         cells = None if spec.keeps_all else session.select(n_budget)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - began - (counters.rehearse_s - rehearse_s)
         n_cell = tags.shape[2] if cells is None else cells.shape[2]
         merged = None
         if cells is not None and n_cell < tags.shape[2] and spec.pruning().policy.merges:
             merged, merge_s = _merged(session, cells)
             seconds += merge_s
         kept = cache.kept(tags, cells)
+        extra: dict[str, Any] = {}
+        if counters.n_rehearsed:
+            extra = {
+                "extra_token": counters.n_rehearsed,
+                "extra_s": counters.rehearse_s,
+                "extra_picture": n_picture,
+            }
         found.append(Selection(spec, budget, cells, n_token, n_budget, n_cell, kept, seconds, merged=merged, **extra))
     return found
 

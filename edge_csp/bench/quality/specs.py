@@ -17,10 +17,10 @@ from edge_csp.pruning import Pruning
 
 DOWNSAMPLE = "downsample"
 DEFAULTS = (
-    "quota",
-    "quota+",
+    "blend",
+    "blend+",
     "csp",
-    "csp:pool=1",
+    "csp:pool=5",
     "snapkv",
     "h2o",
     "lookm",
@@ -31,8 +31,8 @@ DEFAULTS = (
     "full",
     DOWNSAMPLE,
 )
-"""What is compared unless something else is asked for. csp:pool=1 is csp as it was published."""
-REFERENCE = "quota"
+"""What is compared unless something else is asked for. csp is csp as it was published."""
+REFERENCE = "blend"
 """What the others are compared with."""
 OVERRIDES = frozenset(field.name for field in fields(Pruning)) - {"budget", "policy", "cells"}
 """Settings of Pruning that a spec may change."""

@@ -19,9 +19,7 @@ PROTOCOLS: tuple[str, ...] = ("continue", "window", "before", "later", "bounded"
 """What is measured unless something else is asked for."""
 BUDGETS: tuple[str, ...] = ("40%", "20%")
 """The same."""
-POLICIES: tuple[str, ...] = tuple(
-    one for one in DEFAULTS if one.partition(":")[0] not in {"quota+", "lookm", DOWNSAMPLE}
-)
+POLICIES: tuple[str, ...] = tuple(one for one in DEFAULTS if one.partition(":")[0] not in {"lookm", DOWNSAMPLE})
 """The same; without pictures those that are left out are like others, or nothing at all."""
 
 
