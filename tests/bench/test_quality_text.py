@@ -334,6 +334,7 @@ def test_command(text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     [
         (["--task", "poems"], "poems"),
         (["--task", "text"], "know English"),
+        (["--task", "text", "-m", "x.gguf", "--folder", "albums"], "--folder has albums"),
         (["--task", "text", "-m", "x.gguf", "--lengths", "few"], "--lengths 'few'"),
         (["--task", "text", "-m", "x.gguf", "--lengths", "3"], "16 tokens or more"),
         (["--task", "text", "-m", "x.gguf", "--policy", "downsample"], "downsample: there is nothing"),
