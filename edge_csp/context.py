@@ -285,8 +285,8 @@ class Context:
         pos, tag = csp.cells(layers=layers, seq_id=self.seq_id)
         if "scores" in needs and "scores" not in measured:
             measured["scores"] = csp.scores(min(n_obs, self.n_window), softmax_n, layers=layers, seq_id=self.seq_id)
-        if "key_norm" in needs:
-            measured["key_norm"] = csp.key_norms(layers=layers, seq_id=self.seq_id)
+        for name in needs & {"key_norm", "value_norm"}:
+            measured[name] = csp.norms(name[0], layers=layers, seq_id=self.seq_id)
         if "keys" in needs:
             measured["keys"] = np.stack([self.rows(layer, "k") for layer in layers])
         found: dict[str, Any] = {"first_layer": layers.start, **measured}

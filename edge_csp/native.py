@@ -91,7 +91,7 @@ PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
         ctypes.c_int32,
         [_csp_p, _seq_id, *_layers, ctypes.c_int32, ctypes.c_float, _f32_p, ctypes.c_size_t],
     ),
-    "llama_csp_key_norms": (ctypes.c_int32, [_csp_p, _seq_id, *_layers, _f32_p, ctypes.c_size_t]),
+    "llama_csp_norms": (ctypes.c_int32, [_csp_p, _seq_id, *_layers, ctypes.c_int32, _f32_p, ctypes.c_size_t]),
     "llama_csp_get_rows": (ctypes.c_int32, [_csp_p, _seq_id, ctypes.c_int32, ctypes.c_int32, _f32_p, ctypes.c_size_t]),
     "llama_csp_set_rows": (ctypes.c_int32, [_csp_p, _seq_id, ctypes.c_int32, ctypes.c_int32, _f32_p, ctypes.c_size_t]),
     "llama_csp_select": (
@@ -300,13 +300,15 @@ class Csp:
         _check(_call("llama_csp_scores", self._handle, seq_id, *args))
         return scores
 
-    def key_norms(self, *, layers: range | None = None, seq_id: int = 0) -> NDArray[np.float32]:
-        """Lengths of the keys, f32 [n_layer, n_head_kv, n_cell]; `layers`: of these, not of all."""
+    def norms(self, kind: str, *, layers: range | None = None, seq_id: int = 0) -> NDArray[np.float32]:
+        """Lengths of the rows of K ("k") or V ("v"), f32 [n_layer, n_head_kv, n_cell]; `layers`: of these, not of
+        all.
+        """
         info = self.info(seq_id=seq_id)
         layers = layers or range(info.n_layer)
         norms = np.empty((len(layers), info.n_head_kv, info.n_cell), np.float32)
-        args = layers.start, len(layers), _pointer(norms, _f32_p), norms.size
-        _check(_call("llama_csp_key_norms", self._handle, seq_id, *args))
+        args = layers.start, len(layers), "kv".index(kind), _pointer(norms, _f32_p), norms.size
+        _check(_call("llama_csp_norms", self._handle, seq_id, *args))
         return norms
 
     def rows(self, layer: int, kind: str, head_dim: int, *, seq_id: int = 0) -> NDArray[np.float32]:

@@ -57,8 +57,7 @@ class Pruning:
     n_sink: first cells that stay. Both are limited by the budget, see budget.protected_cells(). softmax_n: n of the
     scoring softmax.
     cues: what is asked about every picture before cells go, each answered in cue_predict tokens at most, by policies
-    that rehearse, see rehearsal.py; {n} is the number of the picture. They should ask for every kind of detail, in
-    words that the model knows.
+    that rehearse; {n} is the number of the picture. None: those of the model, see rehearsal.cues_of().
     reread: pictures that get at least this share of the attention where an answer begins, and have lost more than half
     of their cells, are read again for the answer; 0: none.
     """
@@ -71,7 +70,7 @@ class Pruning:
     n_recent: int = 32
     n_sink: int = 4
     softmax_n: float = 1.0
-    cues: tuple[str, ...] = ("Describe picture {n}.",)
+    cues: tuple[str, ...] = ()
     cue_predict: int = 16
     reread: float = 0.0
 

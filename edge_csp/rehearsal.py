@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from edge_csp.chat import ChatTemplate
 from edge_csp.context import Context
-from edge_csp.errors import ContextError
+from edge_csp.errors import ContextError, ModelError
 from edge_csp.images import load_picture
 from edge_csp.items import Item, n_pictures
 from edge_csp.model import PicturePart, TokenPart, VisionModel
@@ -28,6 +30,9 @@ REPEAT = "\n\nRepeat the previous context exactly.\n\n"
 """Said before the text is repeated, in the words of the source."""
 OVERLAP = 8
 """Tokens that are repeated once more if repeating was interrupted, so that the model finds the place."""
+CUES = ("Describe picture {n}.",)
+"""What is asked of a model that comes without cues of its own. Cues should ask for every kind of detail that questions
+may be about, in words that the model knows."""
 GREEDY = Sampling(temperature=0, repeat_penalty=1)
 
 
@@ -35,15 +40,14 @@ GREEDY = Sampling(temperature=0, repeat_penalty=1)
 class Rehearsal:
     """What a conversation has rehearsed so far.
 
-    cues: asked about every picture, {n} is its number; each is answered in n_predict tokens at most.
+    n_done, n_token: items of the conversation, from the first on, that need no rehearsal any more, and tokens evaluated
+    for all of it.
     """
 
     model: VisionModel
     template: ChatTemplate
     n_done: int = 0
-    """Items of the conversation, from the first on, that need no rehearsal any more."""
     n_token: int = 0
-    """Tokens evaluated for all of it."""
     _known: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def run(
@@ -58,12 +62,16 @@ class Rehearsal:
         """Rehearse what is new of the items, within n_free cells. The cells, the position of the next token and its
         logits are then what they were before; the observation window is empty.
 
+        cues: without any, those of the model; {n} is the number of a picture. Each is answered in n_predict tokens at
+        most.
+
         Returns attention that the cells got, f32 [n_layer, n_head_kv, n_cell]: "repeated", the most that a batch of
         repeated tokens gave, mean over its queries; "described", the most that a cue and its answer gave. Cues that do
         not fit into n_free are left out, and so is the text if nothing fits.
 
         Raises ContextError if the cache cannot take anything back.
         """
+        cues = cues or cues_of(self.model.info.path)
         new, n_before = items[self.n_done :], n_pictures(items[: self.n_done])
         self.n_done = len(items)
         logits, notes = context.logits(), {name: _no_mass(context) for name in REHEARSED}
@@ -137,6 +145,25 @@ class Rehearsal:
             last = max(i for i, part in enumerate(parts) if isinstance(part, PicturePart))
             self._known[text] = _text_tokens(parts[last + 1 :])
         return self._known[text]
+
+
+@cache
+def cues_of(model: Path) -> tuple[str, ...]:
+    """Cues for a GGUF file: the lines of the file beside it with the ending .cues, or else CUES.
+
+    Raises ModelError if that file cannot be read or holds nothing.
+    """
+    path = model.with_suffix(".cues")
+    if not path.exists():
+        return CUES
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    cues = tuple(line.strip() for line in lines if line.strip())
+    if not cues:
+        raise ModelError(f"{path} holds no cue: write one a line, as {CUES[0]!r}")
+    return cues
 
 
 def _text_tokens(parts: Sequence[TokenPart | PicturePart]) -> tuple[int, ...]:

@@ -212,6 +212,15 @@ class PruningOptions:
     n_obs: Annotated[int, _pruning("--n-obs", metavar="N", min=1, help="Last queries, which vote.")] = 32
     n_recent: Annotated[int, _pruning("--n-recent", metavar="N", help="Last cells, which stay.")] = 32
     n_sink: Annotated[int, _pruning("--n-sink", metavar="N", help="First cells, which stay.")] = 4
+    cue: Annotated[
+        list[str],
+        _pruning(
+            "--cue",
+            metavar="TEXT",
+            help="blend+: what to ask about every picture before cells go, {n} is its number; may be repeated. By "
+            "default the lines of MODEL.cues beside MODEL.gguf, or 'Describe picture {n}.'",
+        ),
+    ] = field(default_factory=list)
     reread: Annotated[
         float,
         _pruning(
@@ -236,6 +245,7 @@ class PruningOptions:
             n_recent=self.n_recent,
             n_sink=self.n_sink,
             softmax_n=self.softmax_n,
+            cues=tuple(map(clean, self.cue)),
             reread=self.reread,
         )
 

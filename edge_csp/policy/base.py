@@ -21,7 +21,7 @@ IntArray = npt.NDArray[np.int32]
 TagArray = npt.NDArray[np.uint8]
 
 
-MEASURED = {"scores": 4, "mass": 3, "repeated": 3, "described": 3, "key_norm": 3, "keys": 4}
+MEASURED = {"scores": 4, "mass": 3, "repeated": 3, "described": 3, "key_norm": 3, "value_norm": 3, "keys": 4}
 """What can be measured of the cells, and the number of its dimensions."""
 REHEARSED = frozenset({"repeated", "described"})
 """Of these, what takes a rehearsal before the eviction, see rehearsal.py."""
@@ -58,7 +58,7 @@ class Observation:
     repeated: f32 [n_layer, n_head_kv, n_cell], most attention of a batch of queries while the text was rehearsed, mean
               over these queries, see rehearsal.py; 0 in cells that were not there then
     described: f32 [n_layer, n_head_kv, n_cell], most attention mass of a cue about a picture and its answer
-    key_norm: f32 [n_layer, n_head_kv, n_cell], length of the key
+    key_norm, value_norm: f32 [n_layer, n_head_kv, n_cell], length of the key, of the value
     keys:     f32 [n_layer, n_head_kv, n_cell, head_dim], the keys, with the rotation of their positions
 
     Raises PolicyError if shapes, types or tags do not fit.
@@ -138,6 +138,10 @@ class Observation:
     @property
     def key_norm(self) -> FloatArray:
         return self._get("key_norm")
+
+    @property
+    def value_norm(self) -> FloatArray:
+        return self._get("value_norm")
 
     @property
     def keys(self) -> FloatArray:

@@ -107,19 +107,20 @@ LLAMA_API int32_t llama_csp_scores(struct llama_csp * csp,
                                    float *            scores,
                                    size_t             n_value);
 
-// Lengths of the keys of some layers, as they are in the cache.
-//   norms: f32 [n_layer][n_head_kv][n_cell], n_value floats
-LLAMA_API int32_t llama_csp_key_norms(struct llama_csp * csp,
-                                      llama_seq_id       seq_id,
-                                      int32_t            layer,
-                                      int32_t            n_layer,
-                                      float *            norms,
-                                      size_t             n_value);
-
 enum llama_csp_rows {
     LLAMA_CSP_ROWS_K = 0, // with the rotation of their positions
     LLAMA_CSP_ROWS_V = 1,
 };
+
+// Lengths of the rows of K or V of some layers, as they are in the cache.
+//   norms: f32 [n_layer][n_head_kv][n_cell], n_value floats
+LLAMA_API int32_t llama_csp_norms(struct llama_csp * csp,
+                                  llama_seq_id       seq_id,
+                                  int32_t            layer,
+                                  int32_t            n_layer,
+                                  int32_t            kind,
+                                  float *            norms,
+                                  size_t             n_value);
 
 // Read or write K or V of one layer. Writing rounds to the type of the cache; values have to be finite.
 //   rows: f32 [n_head_kv][n_cell][head_dim], n_value floats

@@ -103,8 +103,19 @@ void write_row(const cell_rows & r, char * data, int64_t head, int64_t cell, con
     }
 }
 
-// Lengths of the keys of one head; norms: [n_cell]
+// Lengths of the rows of one head; norms: [n_cell]
 void head_norms(const cell_rows & r, const char * data, int64_t head, float * norms) {
+    if (r.transposed) { // cells lie next to each other
+        std::fill(norms, norms + r.n_cell, 0.0f);
+        for (int64_t i = head * r.head_dim; i < (head + 1) * r.head_dim; ++i) {
+            for (int64_t cell = 0; cell < r.n_cell; ++cell) {
+                const float x = element(r.t->type, data, i * r.n_cell_max + cell);
+                norms[cell] += x * x;
+            }
+        }
+        std::transform(norms, norms + r.n_cell, norms, [](float sum) { return std::sqrt(sum); });
+        return;
+    }
     if (llama_csp_host_scores_available() && (r.t->type == GGML_TYPE_F16 || r.t->type == GGML_TYPE_F32)) {
         llama_csp_host_head keys = {};
 
@@ -146,6 +157,14 @@ int32_t check(const llama_csp *         csp,
     return (*stream)->check_sequence(seq_id);
 }
 
+int32_t check_kind(int32_t kind) {
+    if (kind != LLAMA_CSP_ROWS_K && kind != LLAMA_CSP_ROWS_V) {
+        return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "kind is %d, allowed are %d (K) and %d (V)", kind,
+                              LLAMA_CSP_ROWS_K, LLAMA_CSP_ROWS_V);
+    }
+    return LLAMA_CSP_OK;
+}
+
 int32_t check_size(size_t n_value, size_t n_needed, const char * shape) {
     if (n_value != n_needed) {
         return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "n_value is %zu, needed are %zu (%s)", n_value, n_needed, shape);
@@ -165,9 +184,8 @@ int32_t find_rows(const llama_csp * csp,
     if (const int32_t status = check(csp, seq_id, layer, 1, values, &stream)) {
         return status;
     }
-    if (kind != LLAMA_CSP_ROWS_K && kind != LLAMA_CSP_ROWS_V) {
-        return llama_csp_fail(LLAMA_CSP_ERR_ARGUMENT, "kind is %d, allowed are %d (K) and %d (V)", kind,
-                              LLAMA_CSP_ROWS_K, LLAMA_CSP_ROWS_V);
+    if (const int32_t status = check_kind(kind)) {
+        return status;
     }
     *r = rows_of(*csp, *stream, layer, kind == LLAMA_CSP_ROWS_V);
     return check_size(n_value, r->n_head * r->n_cell * r->head_dim, "n_head_kv*n_cell*head_dim");
@@ -175,14 +193,18 @@ int32_t find_rows(const llama_csp * csp,
 
 } // namespace
 
-int32_t llama_csp_key_norms(llama_csp *  csp,
-                            llama_seq_id seq_id,
-                            int32_t      layer,
-                            int32_t      n_layer,
-                            float *      norms,
-                            size_t       n_value) {
+int32_t llama_csp_norms(llama_csp *  csp,
+                        llama_seq_id seq_id,
+                        int32_t      layer,
+                        int32_t      n_layer,
+                        int32_t      kind,
+                        float *      norms,
+                        size_t       n_value) {
     const llama_csp_stream * stream = nullptr;
     if (const int32_t status = check(csp, seq_id, layer, n_layer, norms, &stream)) {
+        return status;
+    }
+    if (const int32_t status = check_kind(kind)) {
         return status;
     }
     const size_t n_cell = stream->n_cell();
@@ -194,14 +216,14 @@ int32_t llama_csp_key_norms(llama_csp *  csp,
         csp->finish_copies();
         csp->synchronize();
         for (int32_t i = 0; i < n_layer; ++i) {
-            const cell_rows   r = rows_of(*csp, *stream, layer + i, /*is_v =*/false);
+            const cell_rows   r = rows_of(*csp, *stream, layer + i, kind == LLAMA_CSP_ROWS_V);
             std::vector<char> copy;
             const char *      data = read_bytes(r, copy);
             llama_csp_parallel(r.n_head, csp->n_thread(),
                                [&](size_t head) { head_norms(r, data, head, norms + (i * r.n_head + head) * n_cell); });
         }
     } catch (const std::bad_alloc &) {
-        return llama_csp_fail(LLAMA_CSP_ERR_MEMORY, "no memory to read the keys of %zu cells", n_cell);
+        return llama_csp_fail(LLAMA_CSP_ERR_MEMORY, "no memory to read %zu cells", n_cell);
     }
     return LLAMA_CSP_OK;
 }

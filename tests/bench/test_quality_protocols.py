@@ -15,7 +15,6 @@ from edge_csp.bench.quality import cache, downsample, stats
 from edge_csp.bench.quality.albums import Album, Question, normalised
 from edge_csp.bench.quality.protocols import PROTOCOLS
 from edge_csp.bench.quality.reading import Reading, chat_messages, open_context
-from edge_csp.bench.quality.records import NO_TEXT
 from edge_csp.budget import parse_budget
 from edge_csp.chat import Message
 from edge_csp.errors import BenchError
@@ -189,7 +188,8 @@ def test_rehearsals_are_counted(model: VisionModel, album: Album) -> None:
     for one in found:
         if one.policy == "blend":
             assert (one.extra_token, one.extra_s, one.extra_picture) == (0, 0, 0)
-    rows = [NO_TEXT | {"model": "demo", "n_picture": 4, "album": 0} | one.to_dict() for one in found]
+    about = {"model": "demo", "topic": "", "length": 0, "n_picture": 4, "album": 0}
+    rows = [about | one.to_dict() for one in found]
     costs = {(one.protocol, one.policy): one for one in stats.summarise(rows)}
     assert costs["before", "blend+"].extra_token == n_token / 4
     assert costs["before", "blend"].extra_token == costs["before", "blend"].extra_s == 0

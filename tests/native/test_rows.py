@@ -50,10 +50,11 @@ def test_rows(gqa: Path, device: Open, cache: str, flash_attn: bool) -> None:
         for layer in range(oracle.n_layer):
             assert np.array_equal(csp.rows(layer, "k", oracle.head_dim), k[layer])
             assert np.array_equal(csp.rows(layer, "v", oracle.head_dim), v[layer])
-        norms = csp.key_norms()
-        assert norms.shape == shape
-        assert np.allclose(norms, np.linalg.norm(k.astype(np.float64), axis=-1), rtol=1e-5, atol=0)
-        assert np.array_equal(csp.key_norms(layers=range(1, 3)), norms[1:3])
+        for kind, rows in (("k", k), ("v", v)):
+            norms = csp.norms(kind)
+            assert norms.shape == shape
+            assert np.allclose(norms, np.linalg.norm(rows.astype(np.float64), axis=-1), rtol=1e-5, atol=0)
+            assert np.array_equal(csp.norms(kind, layers=range(1, 3)), norms[1:3])
 
         # what is written is read again, rounded, and nothing else changes; none of it is within 1/1000 of a step of the
         # middle between two steps, where a fused multiply-add could decide
@@ -75,12 +76,12 @@ def test_rows(gqa: Path, device: Open, cache: str, flash_attn: bool) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda csp: csp.key_norms(layers=range(2, 4)), "the cache has the layers"),
+        (lambda csp: csp.norms("v", layers=range(2, 4)), "the cache has the layers"),
         (lambda csp: csp.rows(3, "k", 32), "the cache has the layers"),
         (lambda csp: csp.rows(0, "k", 31), "n_value is 2480, needed are 2560"),
         (lambda csp: csp.set_rows(0, "v", np.zeros((2, 40, 31), np.float32)), "n_value is 2480, needed are 2560"),
         (lambda csp: csp.set_rows(0, "v", np.full((2, 40, 32), np.nan, np.float32)), "not finite"),
-        (lambda csp: csp.key_norms(seq_id=1), "seq_id is 1"),
+        (lambda csp: csp.norms("k", seq_id=1), "seq_id is 1"),
     ],
 )
 def test_refusals(gqa: Path, call: Any, message: str) -> None:

@@ -25,7 +25,7 @@ def conversation(*spans: Span, seed: int = 0, **measured: FloatArray) -> Observa
     pos = np.broadcast_to(np.arange(shape[2], dtype=np.int32), shape)
     scores = np.zeros((*SHAPE, 2, shape[2]), np.float32)
     scores[:, :, TEXT] = generator.random(shape, np.float32)
-    found = {name: generator.random(shape, np.float32) for name in ("key_norm", "repeated", "described")}
+    found = {name: generator.random(shape, np.float32) for name in ("key_norm", "value_norm", "repeated", "described")}
     return Observation(
         tag.copy(),
         pos.copy(),
@@ -73,7 +73,7 @@ def test_every_picture_keeps_something() -> None:
 
 def test_pictures_share_in_proportion_to_their_size() -> None:
     observation = conversation(picture(32), picture(96), Span(8))
-    policy = BlendPolicy(self_share=0, cross_share=0, seen_share=0)
+    policy = BlendPolicy(self_share=0, cross_share=0)
     kept = kept_in_spans(observation, policy.select(observation, 40, protected_of(observation)))
     assert (kept == (10, 29, 1)).all()
 
@@ -95,7 +95,7 @@ def test_long_keys_are_looked_for_in_pictures_alone() -> None:
     norms = np.ones((*SHAPE, 80), np.float32)
     norms[..., 5] = norms[..., 70] = 9
     observation = conversation(picture(40), Span(40), key_norm=norms)
-    policy = BlendPolicy(self_share=0, cross_share=0, seen_share=0)
+    policy = BlendPolicy(self_share=0, cross_share=0)
     assert policy.select(observation, 3, protected_of(observation))[0, 0].tolist() == [0, 5, 79]
 
 
@@ -103,9 +103,13 @@ def test_what_was_rehearsed_stays() -> None:
     repeated, described = np.zeros((2, *SHAPE, 60), np.float32)
     repeated[..., [3, 4, 5]] = 1
     described[..., [20, 30]] = 1
-    observation = conversation(Span(10), picture(40), Span(10), repeated=repeated, described=described)
-    policy = RehearsedBlendPolicy(self_share=0)
-    assert policy.select(observation, 6, protected_of(observation))[0, 0].tolist() == [3, 4, 5, 20, 30, 59]
+    scores = np.zeros((*SHAPE, 2, 60), np.float32)
+    values = np.ones((*SHAPE, 60), np.float32)
+    values[..., 5] = 0
+    measured = {"repeated": repeated, "described": described, "value_norm": values, "scores": scores}
+    observation = conversation(Span(10), picture(40), Span(10), **measured)
+    policy = RehearsedBlendPolicy(self_share=0, key_share=0)
+    assert policy.select(observation, 5, protected_of(observation))[0, 0].tolist() == [3, 4, 20, 30, 59]
 
 
 def test_text_shares_with_the_window() -> None:
@@ -114,13 +118,13 @@ def test_text_shares_with_the_window() -> None:
     repeated[..., :20] = np.arange(20, 0, -1)
     scores = np.zeros((*SHAPE, 2, 40), np.float32)
     scores[:, :, TEXT, 20:] = np.arange(1, 21)
-    observation = conversation(Span(40), repeated=repeated, scores=scores)
+    observation = conversation(Span(40), repeated=repeated, scores=scores, value_norm=np.ones((*SHAPE, 40), np.float32))
     policy = RehearsedBlendPolicy(repeated_share=1, self_share=1)
     cells = policy.select(observation, 11, protected_of(observation))
     assert cells[0, 0].tolist() == [*range(5), *range(34, 40)]
 
 
-@pytest.mark.parametrize("setting", ["self_share", "cross_share", "seen_share", "key_share"])
+@pytest.mark.parametrize("setting", ["self_share", "cross_share", "key_share"])
 def test_settings(setting: str) -> None:
     with pytest.raises(PolicyError, match=f"{setting} is -1"):
         BlendPolicy(**{setting: -1})

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from edge_csp import Context, Pruning, Session, VisionModel, make_policy, parse_budget
+from edge_csp.errors import ModelError
+from edge_csp.rehearsal import CUES, cues_of
 from tests.session.test_session import GREEDY, ask, logits, picture
 
 QUESTION = "What is in picture 2?"
@@ -134,11 +136,34 @@ def test_described_is_the_attention_of_a_cue(model: VisionModel, context: Contex
     with Context(model, n_ctx=768) as other:
         read(chat(other, "full"), 3)
         n_cell = other.n_cell
-        tokens = session._rehearsal.cue_tokens(Pruning().cues[0], 1)
+        tokens = session._rehearsal.cue_tokens(CUES[0], 1)
         assert len(tokens) > 4
         other.decode_tokens(tokens)
         expected = other.mass(len(tokens), 1.0)[..., :n_cell]
     assert np.abs(noted - expected).max() <= 1e-4 * expected.max()
+
+
+def test_cues_come_with_the_model(tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    assert cues_of(model) == CUES
+    (tmp_path / "other.cues").write_text("desc #{n}?\n\n And {n}? \n", encoding="utf-8")
+    assert cues_of(tmp_path / "other.gguf") == ("desc #{n}?", "And {n}?")
+    for number, data in enumerate((b"\n \n", b"\xff\xfe")):
+        (tmp_path / f"{number}.cues").write_bytes(data)
+        with pytest.raises(ModelError, match=rf"{number}\.cues (holds no cue|cannot be read)"):
+            cues_of(tmp_path / f"{number}.gguf")
+
+
+def test_other_cues_look_elsewhere(context: Context) -> None:
+    noted = []
+    for cues in ((), ("Which digit is in picture {n}?",)):
+        context.clear()
+        session = chat(context, "blend+")
+        session.pruning = replace(session.pruning, cues=cues)
+        read(session, 3)
+        session.select(60)
+        noted.append(session._pruner._noted["described"])
+    assert not np.array_equal(*noted)
 
 
 def test_only_what_is_new_is_rehearsed(context: Context) -> None:

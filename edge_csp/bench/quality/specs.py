@@ -1,7 +1,7 @@
 """Policies as written on the command line: NAME, or NAME:SETTING=VALUE,…
 
-Settings are those of the policy, and those of `Pruning` (n_obs=16, n_recent=8 …). `downsample` is no policy: it takes
-fewer picture tokens, and evicts nothing.
+Settings are those of the policy, and those of `Pruning` (n_obs=16, n_recent=8, cues=Describe picture {n}. …).
+`downsample` is no policy: it takes fewer picture tokens, and evicts nothing.
 """
 
 from __future__ import annotations
@@ -81,8 +81,10 @@ def parse_spec(text: str) -> Spec:
 
 
 def _override(text: str, given: str) -> tuple[str, Any]:
-    """A setting of Pruning; all of them are numbers."""
+    """A setting of Pruning: a number, or what to ask about pictures."""
     name, _, value = (part.strip() for part in given.partition("="))
+    if name == "cues":
+        return name, (value,)
     kind = type(getattr(Pruning, name))
     try:
         number = kind(value)
@@ -93,7 +95,7 @@ def _override(text: str, given: str) -> tuple[str, Any]:
     return name, number
 
 
-AFTERWARDS = frozenset({"scores", "key_norm", "keys"})
+AFTERWARDS = frozenset({"scores", "key_norm", "value_norm", "keys"})
 """What can be measured of a cache that was read without it in mind; the rest has to be recorded or run meanwhile."""
 
 
