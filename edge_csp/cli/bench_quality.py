@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -106,31 +107,22 @@ def quality(
     ] = None,
 ) -> None:
     """Answers from pruned caches beside those of the full cache, on the same questions: accuracy, agreement, KL."""
-    from edge_csp.bench.quality.albums import AlbumSource
-    from edge_csp.bench.quality.protocols import PROTOCOLS
-    from edge_csp.bench.quality.run import BUDGETS, Settings
-    from edge_csp.bench.quality.specs import DEFAULTS, REFERENCE
+    from edge_csp.bench.quality.run import Settings
+    from edge_csp.bench.quality.specs import REFERENCE
 
-    source: Source
     if task == "text":
-        if not model:
-            raise BenchError("--task text is about models that know English: name some (-m)")
-        from edge_csp.bench.quality import texts
-
-        source = texts.TextSource(albums or 4, questions or 8, seed, _numbers("--lengths", lengths))
-        policies, protocols, budgets = texts.POLICIES, texts.PROTOCOLS, texts.BUDGETS
+        measure = _text(model, folder, _numbers("--lengths", lengths), albums or 4, questions or 8, seed)
     elif task == "albums":
         numbers = () if folder else _numbers("--pictures", pictures)
-        source = AlbumSource(albums or 12, questions or 24, seed, numbers, folder)
-        policies, protocols, budgets = DEFAULTS, PROTOCOLS, BUDGETS
+        measure = _albums(folder, numbers, albums or 12, questions or 24, seed)
     else:
         raise BenchError(f"--task {task!r} is unknown: use {' or '.join(TASKS)}")
     settings = Settings(
         models=_models(model or ["demo"], mmproj),
-        source=source,
-        policies=tuple(policy) or policies,
-        budgets=budgets if budget is None else _names(budget),
-        protocols=protocols if protocol is None else _names(protocol),
+        source=measure.source,
+        policies=tuple(policy) or measure.policies,
+        budgets=measure.budgets if budget is None else _names(budget),
+        protocols=measure.protocols if protocol is None else _names(protocol),
         n_predict=predict,
         n_job=jobs,
         n_thread=threads,
@@ -141,6 +133,37 @@ def quality(
     if against is not None and against not in settings.policies:
         raise BenchError(f"--against {against!r} is none of the policies {', '.join(settings.policies)}")
     _run(settings, out, limit, against, report, plot)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is measured, unless something else is asked for."""
+
+    source: Source
+    policies: tuple[str, ...]
+    protocols: tuple[str, ...]
+    budgets: tuple[str, ...]
+
+
+def _albums(folder: Path | None, n_pictures: tuple[int, ...], n_album: int, n_question: int, seed: int) -> _Task:
+    from edge_csp.bench.quality.albums import AlbumSource
+    from edge_csp.bench.quality.protocols import PROTOCOLS
+    from edge_csp.bench.quality.run import BUDGETS
+    from edge_csp.bench.quality.specs import DEFAULTS
+
+    return _Task(AlbumSource(n_album, n_question, seed, n_pictures, folder), DEFAULTS, PROTOCOLS, BUDGETS)
+
+
+def _text(
+    model: list[str], folder: Path | None, lengths: tuple[int, ...], n_album: int, n_question: int, seed: int
+) -> _Task:
+    from edge_csp.bench.quality.texts import BUDGETS, POLICIES, PROTOCOLS, TextSource
+
+    if not model:
+        raise BenchError("--task text is about models that know English: name some (-m)")
+    if folder:
+        raise BenchError("--folder has albums in it: leave it out, or --task text")
+    return _Task(TextSource(n_album, n_question, seed, lengths), POLICIES, PROTOCOLS, BUDGETS)
 
 
 def _run(

@@ -209,6 +209,15 @@ def test_continuing_is_what_decoding_says(text_model: VisionModel) -> None:
     assert found[0].full_nll == pytest.approx(-rows[np.arange(40), ahead[1:]].mean(), abs=0.01)
 
 
+def test_text_is_repeated_as_a_whole(text_model: VisionModel) -> None:
+    """There is room for it: no token is repeated twice, as the beginnings of further parts are."""
+    passage = replace(passages.draw_passage("code", 300, "seed"), n_ahead=10)
+    album = Album("one", 0, [], [], [], passage)
+    (one,) = measured(text_model, album, "blend+", protocols=EVERY)
+    assert one.extra_token == one.n_token
+    assert one.extra_s > 0
+
+
 # --- questions in the window ---
 
 
@@ -325,6 +334,7 @@ def test_command(text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     [
         (["--task", "poems"], "poems"),
         (["--task", "text"], "know English"),
+        (["--task", "text", "-m", "x.gguf", "--folder", "albums"], "--folder has albums"),
         (["--task", "text", "-m", "x.gguf", "--lengths", "few"], "--lengths 'few'"),
         (["--task", "text", "-m", "x.gguf", "--lengths", "3"], "16 tokens or more"),
         (["--task", "text", "-m", "x.gguf", "--policy", "downsample"], "downsample: there is nothing"),

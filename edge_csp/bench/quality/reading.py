@@ -381,7 +381,9 @@ def text_tokens(model: VisionModel, text: str) -> tuple[int, ...]:
 
 
 def open_context(model: VisionModel, album: Album, specs: Sequence[Spec], n_predict: int, **settings: Any) -> Context:
-    """A context that holds the album with a chat about it, or all its turns, or its passage and what follows."""
+    """A context that holds the album with a chat about it, or all its turns, or its passage and what follows; and all
+    text a second time where policies have it repeated, as there is room for that in the contexts of users.
+    """
     chat = [
         *(part for message in album.messages for part in content_parts(message)),
         *(_text(question.text) for question in album.questions),
@@ -390,8 +392,12 @@ def open_context(model: VisionModel, album: Album, specs: Sequence[Spec], n_pred
     asked_about = [*album.questions, *(turn.question for turn in album.turns)]
     n_answer = n_predict + max((_n_cell(model, [_text(one.prefix)]) for one in asked_about), default=0)
     n_cell = max(_n_cell(model, chat), _n_cell(model, turns)) + max(N_CHAT, len(album.turns)) * (n_answer + TURN)
+    n_text = _n_cell(model, [part for part in chat if part["type"] == "text"])
     if album.passage:
-        n_cell = max(n_cell, album.passage.n_token + album.passage.n_ahead + TURN)
+        n_text = album.passage.n_token
+        n_cell = max(n_cell, n_text + album.passage.n_ahead + TURN)
+    if any(spec.rehearses for spec in specs):
+        n_cell += n_text + TURN
     return Context(model, n_ctx=n_cell, n_window=n_window(specs), **settings)
 
 

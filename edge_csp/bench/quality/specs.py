@@ -13,6 +13,7 @@ from typing import Any
 
 from edge_csp.errors import BenchError
 from edge_csp.policy import Policy, make_policy
+from edge_csp.policy.base import REHEARSED
 from edge_csp.pruning import Pruning
 
 DOWNSAMPLE = "downsample"
@@ -55,6 +56,11 @@ class Spec:
     def rereads(self) -> bool:
         """True if answers may see pictures once more."""
         return self.policy is not None and self.pruning().reread > 0
+
+    @property
+    def rehearses(self) -> bool:
+        """True if text is read once more before an eviction."""
+        return self.policy is not None and bool(self.policy.needs & REHEARSED)
 
     @property
     def keeps_all(self) -> bool:
