@@ -18,10 +18,11 @@ class BlendPolicy(Policy):
     newest text if there are no pictures.
 
     What the last queries look at is the best that is known of text, and of pictures if a question about them is there;
-    but it may be one picture of many. So a part of the cells is shared out over all pictures, in proportion to their
-    size; within a picture it goes to the longest keys, if it is these that the layer looks at, whatever is asked; else
-    to what is looked at. Key norms tell nothing about text (docs/quality.md), and rank none of it. Text alone goes on
-    from where it is: half of its cells are the newest, as in H2O, without which code, JSON and chats lose their thread.
+    but it may be one picture of many. So in layers whose attention to pictures goes to long keys, a part of the cells
+    is shared out over all pictures, in proportion to their size, and within a picture goes to the longest keys: they
+    will be looked at whatever is asked. Layers that look at short ones are left to CSP's rule. Key norms tell nothing
+    about text (docs/quality.md), and rank none of it. Text alone goes on from where it is: half of its cells are the
+    newest, as in H2O, without which code, JSON and chats lose their thread.
 
     Sources: arXiv 2412.04652 (self and cross), 2406.11430 (key norms: there the short ones stay), 2306.14048 (newest).
     Places are shared out over the pictures by the method of Sainte-Laguë.
@@ -45,14 +46,17 @@ class BlendPolicy(Policy):
 
     def pick(self, observation: Observation, n_keep: int, protected: BoolArray) -> BoolArray:
         own, cross = observation.score_self, observation.score_cross
-        rankings, shares = [own, cross], [self.self_share, self.cross_share]
-        if has_pictures(observation):
-            rankings.append(in_each_picture(long_keys(observation, cross, cross), observation))
-            shares.append(self.picture_share)
-        else:
-            rankings.append(newest(observation))
-            shares.append(self.newest_share)
-        return kernels.share_select(rankings, shares, protected, n_keep)
+        if not has_pictures(observation):
+            shares = [self.self_share, self.cross_share, self.newest_share]
+            return kernels.share_select([own, cross, newest(observation)], shares, protected, n_keep)
+        within = in_each_picture(observation.key_norm, observation)
+        keep = np.empty_like(protected)
+        for i, is_long in enumerate(look_at_long_keys(observation)):
+            rankings, shares = [own[i], cross[i]], [1, 1]
+            if is_long:
+                rankings, shares = [*rankings, within[i]], [self.self_share, self.cross_share, self.picture_share]
+            keep[i] = kernels.share_select(rankings, shares, protected[i], n_keep)
+        return keep
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,9 @@ class RehearsedBlendPolicy(Policy):
         rankings = [observation.repeated * observation.value_norm, observation.score_self]
         shares = [self.repeated_share, self.self_share]
         if has_pictures(observation):
-            described = observation.described
-            in_pictures = long_keys(observation, observation.score_cross, described)
-            rankings += [described, in_each_picture(in_pictures, observation)]
+            is_long = look_at_long_keys(observation)[:, None, None]
+            within = np.where(is_long, observation.key_norm, observation.described)
+            rankings += [observation.described, in_each_picture(within, observation)]
             shares += [self.described_share, self.picture_share]
         else:
             rankings.append(newest(observation))
@@ -115,16 +119,11 @@ def newest(observation: Observation) -> FloatArray:
     return np.broadcast_to(np.arange(1, observation.n_cell + 1, dtype=np.float32), observation.shape)
 
 
-def long_keys(observation: Observation, attention: FloatArray, otherwise: FloatArray) -> FloatArray:
-    """Lengths of keys in layers whose attention to pictures goes to long keys rather than to short ones, `otherwise` in
-    the other layers. All arrays are f32 [n_layer, n_head_kv, n_cell].
-    """
+def look_at_long_keys(observation: Observation) -> BoolArray:
+    """Which layers' attention to pictures goes to long keys rather than to short ones, bool [n_layer]."""
     is_picture = np.array([span.is_picture for span in observation.spans])[observation.span]
-    values = otherwise.copy()
-    for i, norms in enumerate(observation.key_norm):
-        if attends_to_long_keys(norms, attention[i], is_picture[i]):
-            values[i] = norms
-    return values
+    layers = zip(observation.key_norm, observation.score_cross, is_picture, strict=True)
+    return np.array([attends_to_long_keys(*layer) for layer in layers])
 
 
 def attends_to_long_keys(norms: FloatArray, attention: FloatArray, is_picture: BoolArray) -> bool:
