@@ -104,6 +104,7 @@ class Pruner:
         self.pruning = pruning
         self._layout = layout
         self._rehearse = rehearse
+        self._fitted: Policy | None = None  # the policy, once it has seen pictures
         self._seen: tuple[int, FloatArray] | None = None  # position and scores before a rehearsal took the window
         self._noted: dict[str, FloatArray] = {}  # attention that was seen and is over, f32 [n_layer, n_head_kv, n_cell]
         if pruning.cells is not None and not self.is_bounded:
@@ -120,6 +121,8 @@ class Pruner:
         """One that prunes otherwise from now on. Raises what the constructor raises."""
         other = Pruner(self.context, pruning, self._layout, self._rehearse)
         other._noted, other._seen = self._noted, self._seen
+        if pruning.policy == self.pruning.policy:
+            other._fitted = self._fitted
         return other
 
     def forget(self) -> None:
@@ -278,6 +281,8 @@ class Pruner:
         self.note_mass()
         self._note_rehearsal()
         groups, layout = self.context.layer_groups(), self._layout()
+        if self._fitted is None and any(span.is_picture for span in layout.spans):
+            self._fitted = self.pruning.policy.fit(self._observe(layers, layout) for layers in groups)
         n_keep = self.pruning.policy.n_keep(target, self.context.n_cell)
         cells = np.empty((groups[-1].stop, self.context.n_head_kv, n_keep), np.int32)
         for layers in groups:
@@ -306,7 +311,7 @@ class Pruner:
         n_recent, n_sink = protected_cells(target - n_pinned + 1, n_recent=n_recent, n_sink=pruning.n_sink)
         protected[..., :n_sink] = True
         protected[..., observation.n_cell - n_recent :] = True
-        return pruning.policy.select(observation, target, protected)
+        return (self._fitted or pruning.policy).select(observation, target, protected)
 
     @staticmethod
     def _protect_pinned(pos: IntArray, target: int, layout: Layout) -> tuple[BoolArray, int]:

@@ -6,7 +6,7 @@ A policy sees arrays, never a model or a cache. Shapes are numpy order, last ind
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -199,6 +199,12 @@ class Policy(ABC):
     def n_keep(self, budget: int, n_cell: int) -> int:
         """Cells that every row keeps."""
         return min(budget, n_cell)
+
+    def fit(self, layers: Iterable[Observation]) -> Policy:
+        """This policy with what it has found out about the model in all of its layers, group after group. Called before
+        the first selection from a conversation with pictures.
+        """
+        return self
 
     def select(self, observation: Observation, budget: int, protected: BoolArray) -> IntArray:
         """Cells to keep, ascending.

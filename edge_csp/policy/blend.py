@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
 from edge_csp.errors import PolicyError
 from edge_csp.policy import kernels
 from edge_csp.policy.base import BoolArray, FloatArray, Observation, Policy
+
+LongKeys = Literal["auto", "yes", "no"]
 
 
 @dataclass(frozen=True)
@@ -18,9 +21,9 @@ class BlendPolicy(Policy):
     newest text if there are no pictures.
 
     What the last queries look at is the best that is known of text, and of pictures if a question about them is there;
-    but it may be one picture of many. So in layers whose attention to pictures goes to long keys, a part of the cells
+    but it may be one picture of many. So in models whose attention to pictures goes to long keys, a part of the cells
     is shared out over all pictures, in proportion to their size, and within a picture goes to the longest keys: they
-    will be looked at whatever is asked. Layers that look at short ones are left to CSP's rule. Key norms tell nothing
+    will be looked at whatever is asked. Models that look at short ones are left to CSP's rule. Key norms tell nothing
     about text (docs/quality.md), and rank none of it. Text alone goes on from where it is: half of its cells are the
     newest, as in H2O, without which code, JSON and chats lose their thread.
 
@@ -31,6 +34,7 @@ class BlendPolicy(Policy):
     cross_share:   of that by attention from all other modalities
     picture_share: of that within each picture
     newest_share:  of that of the newest text, if there are no pictures
+    long_keys:     "yes" if the model's attention to pictures goes to long keys, "no" if not, "auto" to find out
     """
 
     name: ClassVar[str] = "blend"
@@ -40,23 +44,24 @@ class BlendPolicy(Policy):
     cross_share: int = 1
     picture_share: int = 2
     newest_share: int = 2
+    long_keys: LongKeys = "auto"
 
     def __post_init__(self) -> None:
-        _check_shares(self)
+        _check(self)
+
+    def fit(self, layers: Iterable[Observation]) -> BlendPolicy:
+        return replace(self, long_keys=_find_out(layers)) if self.long_keys == "auto" else self
 
     def pick(self, observation: Observation, n_keep: int, protected: BoolArray) -> BoolArray:
         own, cross = observation.score_self, observation.score_cross
         if not has_pictures(observation):
             shares = [self.self_share, self.cross_share, self.newest_share]
             return kernels.share_select([own, cross, newest(observation)], shares, protected, n_keep)
+        if self.long_keys == "no":
+            return kernels.csp_select(own, cross, protected, 1, 1, n_keep)
         within = in_each_picture(observation.key_norm, observation)
-        keep = np.empty_like(protected)
-        for i, is_long in enumerate(look_at_long_keys(observation)):
-            rankings, shares = [own[i], cross[i]], [1, 1]
-            if is_long:
-                rankings, shares = [*rankings, within[i]], [self.self_share, self.cross_share, self.picture_share]
-            keep[i] = kernels.share_select(rankings, shares, protected[i], n_keep)
-        return keep
+        shares = [self.self_share, self.cross_share, self.picture_share]
+        return kernels.share_select([own, cross, within], shares, protected, n_keep)
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ class RehearsedBlendPolicy(Policy):
     picture_share:   of that within each picture, by long keys as in BlendPolicy, else by descriptions
     self_share:      of that by the attention of the last queries, from a cell's own modality
     newest_share:    of that of the newest text, if there are no pictures
+    long_keys:       as in BlendPolicy
     """
 
     name: ClassVar[str] = "blend+"
@@ -85,16 +91,19 @@ class RehearsedBlendPolicy(Policy):
     picture_share: int = 2
     self_share: int = 1
     newest_share: int = 2
+    long_keys: LongKeys = "auto"
 
     def __post_init__(self) -> None:
-        _check_shares(self)
+        _check(self)
+
+    def fit(self, layers: Iterable[Observation]) -> RehearsedBlendPolicy:
+        return replace(self, long_keys=_find_out(layers)) if self.long_keys == "auto" else self
 
     def pick(self, observation: Observation, n_keep: int, protected: BoolArray) -> BoolArray:
         rankings = [observation.repeated * observation.value_norm, observation.score_self]
         shares = [self.repeated_share, self.self_share]
         if has_pictures(observation):
-            is_long = look_at_long_keys(observation)[:, None, None]
-            within = np.where(is_long, observation.key_norm, observation.described)
+            within = observation.described if self.long_keys == "no" else observation.key_norm
             rankings += [observation.described, in_each_picture(within, observation)]
             shares += [self.described_share, self.picture_share]
         else:
@@ -107,10 +116,14 @@ def has_pictures(observation: Observation) -> bool:
     return any(span.is_picture for span in observation.spans)
 
 
-def _check_shares(policy: Policy) -> None:
-    """Raises PolicyError if a share is negative."""
+def _check(policy: Policy) -> None:
+    """Raises PolicyError if a share is negative, or `long_keys` none of its values."""
     for setting in fields(policy):
-        if (value := getattr(policy, setting.name)) < 0:
+        value = getattr(policy, setting.name)
+        if setting.name == "long_keys":
+            if value not in get_args(LongKeys):
+                raise PolicyError(f"long_keys is {value!r}; it must be one of {', '.join(get_args(LongKeys))}")
+        elif value < 0:
             raise PolicyError(f"{setting.name} is {value}; it must be 0 or more")
 
 
@@ -119,26 +132,25 @@ def newest(observation: Observation) -> FloatArray:
     return np.broadcast_to(np.arange(1, observation.n_cell + 1, dtype=np.float32), observation.shape)
 
 
-def look_at_long_keys(observation: Observation) -> BoolArray:
-    """Which layers' attention to pictures goes to long keys rather than to short ones, bool [n_layer]."""
-    is_picture = np.array([span.is_picture for span in observation.spans])[observation.span]
-    layers = zip(observation.key_norm, observation.score_cross, is_picture, strict=True)
-    return np.array([attends_to_long_keys(*layer) for layer in layers])
+def _find_out(layers: Iterable[Observation]) -> LongKeys:
+    return "yes" if np.mean([preference for layer in layers for preference in prefers_long_keys(layer)]) >= 0 else "no"
 
 
-def attends_to_long_keys(norms: FloatArray, attention: FloatArray, is_picture: BoolArray) -> bool:
-    """True if no more of the attention to pictures goes to the shortest quarter of their keys than to the longest, mean
-    over the heads of a layer. All arrays are [n_head_kv, n_cell].
+def prefers_long_keys(observation: Observation) -> FloatArray:
+    """How much more of the attention to pictures goes to the longest quarter of their keys than to the shortest, as a
+    share of it, f32 [n_layer], mean over the heads.
     """
-    balance = 0.0
-    for norm, mass, picture in zip(norms, attention, is_picture, strict=True):
-        norm, mass = norm[picture], mass[picture]
+    is_picture = np.array([span.is_picture for span in observation.spans])[observation.span]
+    cross, found = observation.score_cross, np.zeros(observation.shape[:2], np.float32)
+    for row in np.ndindex(found.shape):
+        picture = is_picture[row]
+        norm, mass = observation.key_norm[row][picture], cross[row][picture]
         n = len(norm) // 4
-        if n and (total := float(mass.sum())) > 0:
+        if n and (total := mass.sum()) > 0:
             ordered = np.partition(norm, (n - 1, len(norm) - n))
-            is_long, is_short = norm >= ordered[-n], norm <= ordered[n - 1]
-            balance += float(mass[is_long].sum() - mass[is_short].sum()) / total
-    return balance >= 0
+            found[row] = (mass[norm >= ordered[-n]].sum() - mass[norm <= ordered[n - 1]].sum()) / total
+    preference: FloatArray = found.mean(axis=1)
+    return preference
 
 
 def in_each_picture(values: FloatArray, observation: Observation) -> FloatArray:

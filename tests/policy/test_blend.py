@@ -78,9 +78,7 @@ def test_every_picture_keeps_something() -> None:
 
 def test_pictures_share_in_proportion_to_their_size() -> None:
     norms = np.random.default_rng(1).random((*SHAPE, 136), np.float32)
-    scores = np.zeros((*SHAPE, 2, 136), np.float32)
-    scores[:, :, TEXT] = norms  # long keys are looked at
-    observation = conversation(picture(32), picture(96), Span(8), key_norm=norms, scores=scores)
+    observation = conversation(picture(32), picture(96), Span(8), key_norm=norms)
     policy = BlendPolicy(self_share=0, cross_share=0)
     kept = kept_in_spans(observation, policy.select(observation, 40, protected_of(observation)))
     assert (kept == (10, 29, 1)).all()
@@ -107,18 +105,22 @@ def test_long_keys_are_looked_for_in_pictures_alone() -> None:
     assert policy.select(observation, 3, protected_of(observation))[0, 0].tolist() == [0, 5, 79]
 
 
-def test_long_keys_rank_where_they_are_looked_at() -> None:
-    """Layer by layer; a layer that looks at short ones is left to csp."""
+@pytest.mark.parametrize("looked_at", ["long", "short"])
+def test_long_keys_rank_if_they_are_looked_at(looked_at: str) -> None:
+    """A model that looks at short ones is left to csp; before it is known, long ones rank."""
     norms = np.ones((*SHAPE, 80), np.float32)
     norms[..., :10], norms[..., 10:20] = 9, 0.1
     scores = np.zeros((*SHAPE, 2, 80), np.float32)
-    scores[0, :, TEXT, 5:10] = scores[1, :, TEXT, 12:15] = 1
+    scores[:, :, TEXT, slice(5, 10) if looked_at == "long" else slice(12, 15)] = 1
     observation = conversation(picture(40), Span(40), key_norm=norms, scores=scores)
+    protected = protected_of(observation)
     policy = BlendPolicy(self_share=0, cross_share=0)
-    cells = policy.select(observation, 4, protected_of(observation))
-    assert cells[0, 0].tolist() == [0, 1, 2, 79]
-    expected = CspPolicy().select(observation, 4, protected_of(observation))
-    assert np.array_equal(cells[1], expected[1])
+    assert policy.select(observation, 4, protected)[0, 0].tolist() == [0, 1, 2, 79]
+    fitted = policy.fit(observation.of_layer(i) for i in range(2))
+    assert fitted.long_keys == RehearsedBlendPolicy().fit([observation]).long_keys == ("yes", "no")[looked_at != "long"]
+    expected = (policy if looked_at == "long" else CspPolicy()).select(observation, 4, protected)
+    assert np.array_equal(fitted.select(observation, 4, protected), expected)
+    assert BlendPolicy(long_keys="no").fit([observation]).long_keys == "no"
 
 
 def test_what_was_rehearsed_stays() -> None:
@@ -150,3 +152,8 @@ def test_text_shares_with_the_window() -> None:
 def test_settings(setting: str) -> None:
     with pytest.raises(PolicyError, match=f"{setting} is -1"):
         BlendPolicy(**{setting: -1})
+
+
+def test_long_keys_are_auto_yes_or_no() -> None:
+    with pytest.raises(PolicyError, match="long_keys is 'maybe'; it must be one of auto, yes, no"):
+        BlendPolicy(long_keys="maybe")  # type: ignore[arg-type]
