@@ -318,15 +318,18 @@ def test_continuations() -> None:
 
 
 def test_command(text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, file = tmp_path / "out.jsonl", tmp_path / "text.md"
-    quick = ["bench", "quality", "--task", "text", "-m", str(text_file), "--lengths", "60", "--albums", "1"]
+    out, file, other = tmp_path / "out.jsonl", tmp_path / "text.md", tmp_path / "other.gguf"
+    other.symlink_to(text_file)
+    models = ["-m", str(text_file), "-m", str(other)]
+    quick = ["bench", "quality", "--task", "text", *models, "--lengths", "60", "--albums", "1"]
     more = ["--questions", "1", "--budget", "20%", "--policy", "random", "--protocol", "continue,before"]
     assert main([*quick, *more, "--out", str(out), "--report", str(file)]) == 0
     assert "continue (KL)" in capsys.readouterr().out
-    assert "## tiny" in file.read_text(encoding="utf-8")
+    text = file.read_text(encoding="utf-8")
+    assert all(f"## {name}\n" in text for name in ("tiny", "other", "All models"))
     settings, *rows = map(json.loads, out.read_text(encoding="utf-8").splitlines())
     assert settings["settings"]["same"]["task"] == "text"
-    assert [row["topic"] for row in rows] == ["prose", "code", "json", "chat", "facts", "needle"]
+    assert [row["topic"] for row in rows] == ["prose", "code", "json", "chat", "facts", "needle"] * 2
 
 
 @pytest.mark.parametrize(
