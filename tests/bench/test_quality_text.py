@@ -47,7 +47,7 @@ def text_model(text_file: Path) -> Iterator[VisionModel]:
 def settings(text_file: Path) -> run.Settings:
     source = TextSource(n_album=1, n_question=2, lengths=(LENGTH,))
     models = (run.ModelFiles("tiny", text_file),)
-    return run.Settings(models, source, POLICIES, ("40%", "10%"), texts.PROTOCOLS, n_predict=N_PREDICT)
+    return run.Settings(models, source, POLICIES, ("10%",), texts.PROTOCOLS, n_predict=N_PREDICT)
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +248,7 @@ def test_questions_about_text_need_no_second_reading_of_it(
 
 def test_a_run_has_every_record_once(settings: run.Settings, whole: list[dict[str, Any]]) -> None:
     assert {records.key_of(row) for row in whole} == set(run.expected_keys(settings))
-    n_pair = 2 * len(POLICIES)
+    n_pair = len(POLICIES)
     assert len(whole) == n_pair * (len(texts.PASSAGES) + 2 * 3 * 2 + 2 * notes.N_TURN)
     for row in whole:
         assert row["length"] == LENGTH
