@@ -238,6 +238,14 @@ class Context:
         pointer = llama_cpp.llama_get_logits_ith(self.handle, -1)
         return np.ctypeslib.as_array(pointer, (self.model.n_vocab,)) if pointer else None
 
+    @property
+    def takes_back(self) -> bool:
+        """True if truncate() works behind pruned cells; recurrent states go one way only."""
+        import llama_cpp
+
+        model = self.model.handle
+        return not (llama_cpp.llama_model_is_recurrent(model) or llama_cpp.llama_model_is_hybrid(model))
+
     def truncate(self, n_past: int) -> bool:
         """Forget everything from position n_past on. False, and nothing happens, if that cuts into pruned cells."""
         import llama_cpp

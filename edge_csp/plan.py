@@ -33,7 +33,7 @@ from edge_csp.pruning import Pruning
 TEXT_TOKENS, TEXT_TOKENS_PER_PICTURE = 512, 16
 """Text that is assumed: questions, answers and template, and the words that come with every picture."""
 MAX_CELLS = 2**31 - 1
-_RANKING_BYTES = 44  # what the default policy takes per (layer, KV head, cell) at most
+_RANKING_BYTES = 35  # what the default policy takes per (layer, KV head, cell) at most
 _STEP = 2**15  # contexts of 1 and 2 steps tell what every further cell takes; larger ones are extrapolated from them
 
 

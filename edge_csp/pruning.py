@@ -97,7 +97,8 @@ class Pruner:
         """layout: asked at every eviction. rehearse: called with the number of free cells before an eviction by a
         policy that wants notes of a rehearsal; returns them by their names, see rehearsal.Rehearsal.run().
 
-        Raises PolicyError if `pruning.cells` bounds the cache, but nothing can be evicted from it.
+        Raises PolicyError if `pruning.cells` bounds the cache, but nothing can be evicted from it, and if the policy
+        rehearses, but nothing can be taken back from the cache.
         """
         self.context = context
         self.pruning = pruning
@@ -108,6 +109,11 @@ class Pruner:
         if pruning.cells is not None and not self.is_bounded:
             raise PolicyError(
                 f"policy {pruning.policy.name} keeps everything: it cannot hold a conversation in {pruning.cells} cells"
+            )
+        if self.rehearses and not context.takes_back:
+            raise PolicyError(
+                f"policy {pruning.policy.name} rehearses, but nothing can be taken back from the cache of "
+                f"{context.model.info.path}: choose one that does not"
             )
 
     def replaced(self, pruning: Pruning) -> Pruner:

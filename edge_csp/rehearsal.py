@@ -69,7 +69,7 @@ class Rehearsal:
         repeated tokens gave, mean over its queries; "described", the most that a cue and its answer gave. Cues that do
         not fit into n_free are left out, and so is the text if nothing fits.
 
-        Raises ContextError if the cache cannot take anything back.
+        The cache has to take things back, see Context.takes_back.
         """
         cues = cues or cues_of(self.model.info.path)
         new, n_before = items[self.n_done :], n_pictures(items[: self.n_done])
@@ -177,5 +177,5 @@ def _no_mass(context: Context) -> FloatArray:
 
 
 def _take_back(context: Context, n_past: int) -> None:
-    if not context.truncate(n_past):
-        raise ContextError("nothing can be taken back from the cache of this model: choose a policy without rehearsal")
+    if not context.truncate(n_past):  # never, the cache was asked for it before
+        raise ContextError("a rehearsal cannot be taken back from the cache")

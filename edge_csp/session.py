@@ -240,10 +240,7 @@ class Session:
 
     def _check_room(self, n_cell: int, n_pos: int) -> None:
         """Raises ContextError if so much does not fit behind the conversation, or could not be removed."""
-        import llama_cpp
-
-        model = self.model.handle
-        if llama_cpp.llama_model_is_recurrent(model) or llama_cpp.llama_model_is_hybrid(model):
+        if not self.context.takes_back:
             raise ContextError("nothing can be taken back from the cache of this model")
         n_free = self.n_cell_max - 1 - self.context.n_cell
         if n_cell > n_free:

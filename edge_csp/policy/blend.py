@@ -14,19 +14,23 @@ from edge_csp.policy.base import BoolArray, FloatArray, Observation, Policy
 
 @dataclass(frozen=True)
 class BlendPolicy(Policy):
-    """Three rankings share the cells: CSP's two, and one that gives every picture a part of its own.
+    """Three rankings share the cells: CSP's two, and one that gives every picture a part of its own, or that of the
+    newest text if there are no pictures.
 
     What the last queries look at is the best that is known of text, and of pictures if a question about them is there;
-    but it may be one picture of many. So a part of the cells is shared out over all pictures, in proportion to their
-    size; within a picture it goes to the longest keys, which attract attention whatever is asked. Key norms tell
-    nothing about text (docs/quality.md), and rank none of it. A conversation without pictures is left to CSP's rule.
+    but it may be one picture of many. So in layers whose attention to pictures goes to long keys, a part of the cells
+    is shared out over all pictures, in proportion to their size, and within a picture goes to the longest keys: they
+    will be looked at whatever is asked. Layers that look at short ones are left to CSP's rule. Key norms tell nothing
+    about text (docs/quality.md), and rank none of it. Text alone goes on from where it is: half of its cells are the
+    newest, as in H2O, without which code, JSON and chats lose their thread.
 
-    Sources: arXiv 2412.04652 (self and cross), 2406.11430 (key norms: there the short ones stay). Places are shared out
-    by the method of Sainte-Laguë.
+    Sources: arXiv 2412.04652 (self and cross), 2406.11430 (key norms: there the short ones stay), 2306.14048 (newest).
+    Places are shared out over the pictures by the method of Sainte-Laguë.
 
-    self_share:  of the ranking by attention from a cell's own modality
-    cross_share: of that by attention from all other modalities
-    key_share:   of that by key norms within each picture
+    self_share:    of the ranking by attention from a cell's own modality
+    cross_share:   of that by attention from all other modalities
+    picture_share: of that within each picture
+    newest_share:  of that of the newest text, if there are no pictures
     """
 
     name: ClassVar[str] = "blend"
@@ -34,23 +38,31 @@ class BlendPolicy(Policy):
 
     self_share: int = 2
     cross_share: int = 1
-    key_share: int = 2
+    picture_share: int = 2
+    newest_share: int = 2
 
     def __post_init__(self) -> None:
         _check_shares(self)
 
     def pick(self, observation: Observation, n_keep: int, protected: BoolArray) -> BoolArray:
-        rankings, shares = [observation.score_self, observation.score_cross], [self.self_share, self.cross_share]
-        if has_pictures(observation):
-            rankings.append(in_each_picture(observation.key_norm, observation))
-            shares.append(self.key_share)
-        return kernels.share_select(rankings, shares, protected, n_keep)
+        own, cross = observation.score_self, observation.score_cross
+        if not has_pictures(observation):
+            shares = [self.self_share, self.cross_share, self.newest_share]
+            return kernels.share_select([own, cross, newest(observation)], shares, protected, n_keep)
+        within = in_each_picture(observation.key_norm, observation)
+        keep = np.empty_like(protected)
+        for i, is_long in enumerate(look_at_long_keys(observation)):
+            rankings, shares = [own[i], cross[i]], [1, 1]
+            if is_long:
+                rankings, shares = [*rankings, within[i]], [self.self_share, self.cross_share, self.picture_share]
+            keep[i] = kernels.share_select(rankings, shares, protected[i], n_keep)
+        return keep
 
 
 @dataclass(frozen=True)
 class RehearsedBlendPolicy(Policy):
-    """What is looked at while the text is repeated and the pictures are described, beside the long keys of each picture
-    and what the last queries look at.
+    """What is looked at while the text is repeated and the pictures are described, beside a part for each picture and
+    what the last queries look at.
 
     It costs passes through the model before an eviction, see rehearsal.py, and keeps nearly everything that questions
     may ask about later: facts in text, which no attention before the question tells apart, and what pictures show.
@@ -60,8 +72,9 @@ class RehearsedBlendPolicy(Policy):
 
     repeated_share:  of the ranking by the attention while text was repeated, times the length of the value
     described_share: of that by the attention of descriptions and the cues for them
-    key_share:       of that by key norms within each picture
+    picture_share:   of that within each picture, by long keys as in BlendPolicy, else by descriptions
     self_share:      of that by the attention of the last queries, from a cell's own modality
+    newest_share:    of that of the newest text, if there are no pictures
     """
 
     name: ClassVar[str] = "blend+"
@@ -69,8 +82,9 @@ class RehearsedBlendPolicy(Policy):
 
     repeated_share: int = 4
     described_share: int = 2
-    key_share: int = 2
+    picture_share: int = 2
     self_share: int = 1
+    newest_share: int = 2
 
     def __post_init__(self) -> None:
         _check_shares(self)
@@ -79,8 +93,13 @@ class RehearsedBlendPolicy(Policy):
         rankings = [observation.repeated * observation.value_norm, observation.score_self]
         shares = [self.repeated_share, self.self_share]
         if has_pictures(observation):
-            rankings += [observation.described, in_each_picture(observation.key_norm, observation)]
-            shares += [self.described_share, self.key_share]
+            is_long = look_at_long_keys(observation)[:, None, None]
+            within = np.where(is_long, observation.key_norm, observation.described)
+            rankings += [observation.described, in_each_picture(within, observation)]
+            shares += [self.described_share, self.picture_share]
+        else:
+            rankings.append(newest(observation))
+            shares.append(self.newest_share)
         return kernels.share_select(rankings, shares, protected, n_keep)
 
 
@@ -93,6 +112,33 @@ def _check_shares(policy: Policy) -> None:
     for setting in fields(policy):
         if (value := getattr(policy, setting.name)) < 0:
             raise PolicyError(f"{setting.name} is {value}; it must be 0 or more")
+
+
+def newest(observation: Observation) -> FloatArray:
+    """The newest cells first, f32 [n_layer, n_head_kv, n_cell]."""
+    return np.broadcast_to(np.arange(1, observation.n_cell + 1, dtype=np.float32), observation.shape)
+
+
+def look_at_long_keys(observation: Observation) -> BoolArray:
+    """Which layers' attention to pictures goes to long keys rather than to short ones, bool [n_layer]."""
+    is_picture = np.array([span.is_picture for span in observation.spans])[observation.span]
+    layers = zip(observation.key_norm, observation.score_cross, is_picture, strict=True)
+    return np.array([attends_to_long_keys(*layer) for layer in layers])
+
+
+def attends_to_long_keys(norms: FloatArray, attention: FloatArray, is_picture: BoolArray) -> bool:
+    """True if no more of the attention to pictures goes to the shortest quarter of their keys than to the longest, mean
+    over the heads of a layer. All arrays are [n_head_kv, n_cell].
+    """
+    balance = 0.0
+    for norm, mass, picture in zip(norms, attention, is_picture, strict=True):
+        norm, mass = norm[picture], mass[picture]
+        n = len(norm) // 4
+        if n and (total := float(mass.sum())) > 0:
+            ordered = np.partition(norm, (n - 1, len(norm) - n))
+            is_long, is_short = norm >= ordered[-n], norm <= ordered[n - 1]
+            balance += float(mass[is_long].sum() - mass[is_short].sum()) / total
+    return balance >= 0
 
 
 def in_each_picture(values: FloatArray, observation: Observation) -> FloatArray:

@@ -51,10 +51,15 @@ def picture(n_cell: int = 64) -> Span:
 
 
 @pytest.mark.parametrize("n_keep", [2, 10, 39])
-def test_without_pictures_it_is_csp(n_keep: int) -> None:
+def test_without_pictures_half_is_csp_and_half_the_newest(n_keep: int) -> None:
     observation = conversation(Span(40))
     expected = CspPolicy().select(observation, n_keep, protected_of(observation))
-    assert np.array_equal(BlendPolicy().select(observation, n_keep, protected_of(observation)), expected)
+    policy = BlendPolicy(newest_share=0)
+    assert np.array_equal(policy.select(observation, n_keep, protected_of(observation)), expected)
+    cells = BlendPolicy(newest_share=5, self_share=4, cross_share=1).select(observation, 21, protected_of(observation))
+    scores = observation.scores[0, 0, TEXT, :39].argsort()[::-1]
+    assert {*cells[0, 0].tolist()} >= {*scores[:10].tolist(), 39}
+    assert (cells[..., -8:] == np.arange(32, 40)).all()
 
 
 def test_every_picture_keeps_something() -> None:
@@ -72,7 +77,10 @@ def test_every_picture_keeps_something() -> None:
 
 
 def test_pictures_share_in_proportion_to_their_size() -> None:
-    observation = conversation(picture(32), picture(96), Span(8))
+    norms = np.random.default_rng(1).random((*SHAPE, 136), np.float32)
+    scores = np.zeros((*SHAPE, 2, 136), np.float32)
+    scores[:, :, TEXT] = norms  # long keys are looked at
+    observation = conversation(picture(32), picture(96), Span(8), key_norm=norms, scores=scores)
     policy = BlendPolicy(self_share=0, cross_share=0)
     kept = kept_in_spans(observation, policy.select(observation, 40, protected_of(observation)))
     assert (kept == (10, 29, 1)).all()
@@ -99,6 +107,20 @@ def test_long_keys_are_looked_for_in_pictures_alone() -> None:
     assert policy.select(observation, 3, protected_of(observation))[0, 0].tolist() == [0, 5, 79]
 
 
+def test_long_keys_rank_where_they_are_looked_at() -> None:
+    """Layer by layer; a layer that looks at short ones is left to csp."""
+    norms = np.ones((*SHAPE, 80), np.float32)
+    norms[..., :10], norms[..., 10:20] = 9, 0.1
+    scores = np.zeros((*SHAPE, 2, 80), np.float32)
+    scores[0, :, TEXT, 5:10] = scores[1, :, TEXT, 12:15] = 1
+    observation = conversation(picture(40), Span(40), key_norm=norms, scores=scores)
+    policy = BlendPolicy(self_share=0, cross_share=0)
+    cells = policy.select(observation, 4, protected_of(observation))
+    assert cells[0, 0].tolist() == [0, 1, 2, 79]
+    expected = CspPolicy().select(observation, 4, protected_of(observation))
+    assert np.array_equal(cells[1], expected[1])
+
+
 def test_what_was_rehearsed_stays() -> None:
     repeated, described = np.zeros((2, *SHAPE, 60), np.float32)
     repeated[..., [3, 4, 5]] = 1
@@ -108,7 +130,7 @@ def test_what_was_rehearsed_stays() -> None:
     values[..., 5] = 0
     measured = {"repeated": repeated, "described": described, "value_norm": values, "scores": scores}
     observation = conversation(Span(10), picture(40), Span(10), **measured)
-    policy = RehearsedBlendPolicy(self_share=0, key_share=0)
+    policy = RehearsedBlendPolicy(self_share=0, picture_share=0)
     assert policy.select(observation, 5, protected_of(observation))[0, 0].tolist() == [3, 4, 20, 30, 59]
 
 
@@ -119,12 +141,12 @@ def test_text_shares_with_the_window() -> None:
     scores = np.zeros((*SHAPE, 2, 40), np.float32)
     scores[:, :, TEXT, 20:] = np.arange(1, 21)
     observation = conversation(Span(40), repeated=repeated, scores=scores, value_norm=np.ones((*SHAPE, 40), np.float32))
-    policy = RehearsedBlendPolicy(repeated_share=1, self_share=1)
+    policy = RehearsedBlendPolicy(repeated_share=1, self_share=1, newest_share=0)
     cells = policy.select(observation, 11, protected_of(observation))
     assert cells[0, 0].tolist() == [*range(5), *range(34, 40)]
 
 
-@pytest.mark.parametrize("setting", ["self_share", "cross_share", "key_share"])
+@pytest.mark.parametrize("setting", ["self_share", "cross_share", "picture_share", "newest_share"])
 def test_settings(setting: str) -> None:
     with pytest.raises(PolicyError, match=f"{setting} is -1"):
         BlendPolicy(**{setting: -1})

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from edge_csp import open_session
-from edge_csp.errors import NativeError
+from edge_csp.errors import NativeError, PolicyError
 from tests.oracle.random_models import make_model
 
 
@@ -32,3 +32,14 @@ def test_it_runs_unpruned(mamba: Path) -> None:
 def test_what_is_asked_for_is_refused(mamba: Path, asked: dict[str, Any]) -> None:
     with pytest.raises(NativeError, match="holds no KV cache"), open_session(mamba, **asked):
         pass
+
+
+def test_a_rehearsal_needs_a_cache_that_takes_things_back(tmp_path: Path) -> None:
+    hybrid = make_model(tmp_path / "lfm2.gguf", "lfm2", n_layer=4)
+    with (
+        pytest.raises(PolicyError, match=r"rehearses, .* cache of .*lfm2\.gguf"),
+        open_session(hybrid, policy="blend+"),
+    ):
+        pass
+    with open_session(hybrid) as session:
+        assert session.context.csp is not None
