@@ -201,8 +201,8 @@ class Policy(ABC):
         return min(budget, n_cell)
 
     def fit(self, layers: Iterable[Observation]) -> Policy:
-        """This policy with what it has found out about the model in all of its layers, group after group. Called before
-        the first selection from a conversation with pictures.
+        """The same policy, with what it has found out about the model in all of its layers, which come group after
+        group. Called before the first selection from a conversation with pictures.
         """
         return self
 
