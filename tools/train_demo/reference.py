@@ -98,7 +98,7 @@ def read_shape(text: Path, mmproj: Path) -> Shape:
         n_layer=of_vision("block_count"),
         n_head=of_vision("attention.head_count"),
         n_ff=of_vision("feed_forward_length"),
-        eps=of_vision("attention.layer_norm_epsilon"),
+        eps=_exact(of_vision("attention.layer_norm_epsilon")),
     )
     language = TextShape(
         arch=arch,
@@ -108,11 +108,16 @@ def read_shape(text: Path, mmproj: Path) -> Shape:
         n_head_kv=of_text("attention.head_count_kv"),
         head_dim=of_text("attention.key_length"),
         n_ff=of_text("feed_forward_length"),
-        rope_base=of_text("rope.freq_base"),
-        rms_eps=of_text("attention.layer_norm_rms_epsilon"),
+        rope_base=_exact(of_text("rope.freq_base")),
+        rms_eps=_exact(of_text("attention.layer_norm_rms_epsilon")),
         context=of_text("context_length"),
     )
     return Shape(vision, language)
+
+
+def _exact(value: float) -> float:
+    """The number that was meant, of one that the file holds as float32."""
+    return float(f"{value:.6g}")
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -50,12 +50,13 @@ def _ours(names: Sequence[str]) -> dict[str, Trained]:
 
 
 def train_all(names: Sequence[str], out: Path, vision_minutes: float | None, language_minutes: float | None) -> None:
+    chosen = _ours(names)
     import torch
 
     from tools.train_demo.pipeline import train
 
     torch.set_num_threads(1)  # the recipes count minutes of one core
-    for name, model in _ours(names).items():
+    for name, model in chosen.items():
         recipe = model.recipe
         if vision_minutes is not None:
             recipe = replace(recipe, vision_minutes=vision_minutes)
@@ -66,9 +67,10 @@ def train_all(names: Sequence[str], out: Path, vision_minutes: float | None, lan
 
 
 def check_all(names: Sequence[str], out: Path, n_albums: int, n_torch: int) -> None:
+    chosen = _ours(names)
     from tools.train_demo.check import check, show
 
-    for name, model in _ours(names).items():
+    for name, model in chosen.items():
         print(f"{name}:")
         report = check(out / name / TEXT, out / name / MMPROJ, n_albums=n_albums, sizes=model.sizes, n_torch=n_torch)
         show(report)

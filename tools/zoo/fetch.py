@@ -57,12 +57,14 @@ def sha256(path: Path) -> str:
 def _get(file: File, path: Path, shared: Path) -> None:
     """Write the file beside its place, and move it there if it is the right one."""
     new = path.with_suffix(".new")
+    twins = [twin for twin in path.parent.parent.glob(f"*/{path.name}") if sha256(twin) == file.sha256]
     try:
-        with new.open("wb") as out:
-            if isinstance(file.source, Shared):
-                with (shared / file.source.name).open("rb") as source:
-                    shutil.copyfileobj(source, out)
-            else:
+        if twins:  # another model of the table has it
+            shutil.copyfile(twins[0], new)
+        elif isinstance(file.source, Shared):
+            shutil.copyfile(shared / file.source.name, new)
+        else:
+            with new.open("wb") as out:
                 _unpack(file.source, out)
         found = sha256(new)
         if found != file.sha256:
