@@ -20,7 +20,7 @@ N_TEST_SCENES = 1_000
 def train(recipe: Recipe, text: Path, mmproj: Path, work: Path) -> None:
     """Train and write both files.
 
-    work: holds checkpoints, from which a run that was broken off goes on, and files to try meanwhile
+    work: holds checkpoints, from which a run that was broken off goes on
     """
     torch.manual_seed(recipe.seed)
     work.mkdir(parents=True, exist_ok=True)
@@ -38,16 +38,11 @@ def train(recipe: Recipe, text: Path, mmproj: Path, work: Path) -> None:
     torch.manual_seed(recipe.seed)
     language = LanguageTraining(recipe.shape, recipe.seed)
     _load(language, work / "language.pt")
-
-    def save() -> None:
-        _save(language, work / "language.pt")
-        export_text(language.model, recipe.shape.picture_frame, work / text.name, recipe.name)
-        export_mmproj(vision.encoder, language.projector, work / mmproj.name, recipe.name)
-
-    language.run(features, labels, recipe.language_minutes, save)
+    language.run(features, labels, recipe.language_minutes, lambda: _save(language, work / "language.pt"))
     for path in (text, mmproj):
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(work / path.name, path)
+    export_text(language.model, recipe.shape.picture_frame, text, recipe.name)
+    export_mmproj(vision.encoder, language.projector, mmproj, recipe.name)
 
 
 def _save(training: Any, path: Path) -> None:

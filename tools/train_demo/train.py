@@ -324,7 +324,8 @@ class LanguageTraining:
     def _advance(self, share: float) -> None:
         """Larger albums once these are learned, or at the latest when their time has come."""
         learned = len(self.recent) >= 15 and sum(self.recent) / len(self.recent) > ADVANCE_AT
-        overdue = share > LAST_ADVANCE * (self.level + 1) / max(1, len(self.levels) - 1)
+        part = (self.level + 1) / max(1, len(self.levels) - 1)
+        overdue = share > LAST_ADVANCE * part**0.5  # the first step, looking things up at all, takes longest
         if (learned or overdue) and self.level + 1 < len(self.levels):
             self.level += 1
             self.recent.clear()
