@@ -32,7 +32,7 @@ def _describe(writer: gguf.GGUFWriter, name: str) -> None:
     """What both files have in common, so that a frontend can tell that they belong together."""
     writer.add_name(name)
     writer.add_basename(name)
-    writer.add_description("A tiny vision-language model for demonstrations and tests; see MODEL_CARD.md")
+    writer.add_description("A tiny vision-language model for demonstrations and tests, trained by edge-csp")
     writer.add_license("mit")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
 
