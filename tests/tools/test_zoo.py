@@ -151,6 +151,9 @@ def test_training_shows_every_token_of_every_picture(name: str) -> None:
                 row, token = divmod(sample.feature[here], n_tokens)
                 assert value == labels[row, column]
                 assert token in detail[row]
+        pictures = {tuple(labels[row][:2]) for row in conversation.pictures}
+        looked = [divmod(sample.feature[where], n_tokens) for _, where in sample.looks if sample.feature[where] >= 0]
+        assert all(tuple(labels[row][:2]) in pictures and token == detail[row][1] for row, token in looked)
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edge_csp.demo.albums import NAMES, QUESTIONS
+from edge_csp.demo.albums import NAMES, QUESTIONS, Target
 from edge_csp.demo.scenes import COLORS, SHAPES
 
 from .albums import MAX_PICTURES, Conversation, make_conversation, tokenizer
@@ -64,7 +64,7 @@ class Sample:
     pos: list[tuple[int, int, int]] = field(default_factory=list)  # time, row, column
     target: list[int] = field(default_factory=list)  # token to predict next, or NONE
     content: list[bool] = field(default_factory=list)  # the answer token that has to be looked up
-    looks: list[tuple[int, int]] = field(default_factory=list)  # (position, where the fact stands that it needs)
+    looks: list[tuple[int, int]] = field(default_factory=list)  # (position, where it finds what it has to say)
     probes: dict[str, dict[int, int]] = field(default_factory=lambda: {name: {} for name in PROBES})
 
 
@@ -80,6 +80,7 @@ def encode(conversation: Conversation, shape: Shape, labels: np.ndarray, detail:
     tok, out = tokenizer(), Sample()
     position, picture, answer = 0, -1, -1
     values: dict[str, list[int]] = {}  # name -> where the values of the fact about it stand
+    shown: dict[tuple[int, int], int] = {}  # colour and shape -> where the shape is to be seen
 
     def push(token: int, pos: tuple[int, int, int], feature: int = -1, learn: bool = False) -> None:
         if learn:  # the position before learns to predict this token
@@ -105,6 +106,7 @@ def encode(conversation: Conversation, shape: Shape, labels: np.ndarray, detail:
             row = conversation.pictures[picture]
             for _, token in shape.picture_frame[:1]:
                 push_text(tok.id[token])
+            shown[int(labels[row][0]), int(labels[row][1])] = len(out.ids) + int(detail[row][1])
             _probe_picture(out, conversation, picture, labels[row], detail[row])
             for i, pos in enumerate(shape.picture_positions(position)):
                 push(tok.id[PAD], pos, feature=row * shape.vision.n_tokens + i)
@@ -116,11 +118,9 @@ def encode(conversation: Conversation, shape: Shape, labels: np.ndarray, detail:
             about = conversation.facts.get(segment.text.strip())
             if learn:
                 _probe_reference(out, conversation, answer)
-            facts = iter(values.get(conversation.targets[answer].name or "", []) if learn else [])
-            if learn and conversation.targets[answer].kind != "code":
-                facts = iter([])
+            found = iter(_where_to_look(conversation.targets[answer], values, shown) if learn else [])
             for token in tok.encode(segment.text):
-                if learn and tok.tokens[token].isdigit() and (where := next(facts, None)) is not None:
+                if learn and tok.tokens[token].isdigit() and (where := next(found, None)) is not None:
                     out.looks.append((len(out.ids) - 1, where))
                 push_text(token, learn=learn)
                 if about is not None and tok.tokens[token].isdigit():
@@ -145,6 +145,15 @@ def _probe_picture(
         out.probes["color"][here] = int(labels[0])
         out.probes["shape"][here] = int(labels[1])
     out.probes["digit"][digit] = int(labels[2])
+
+
+def _where_to_look(target: Target, values: dict[str, list[int]], shown: dict[tuple[int, int], int]) -> list[int]:
+    """Where the numbers of an answer are found, if no head learns it without a hint."""
+    if target.kind == "code":
+        return values.get(target.name or "", [])
+    if target.kind == "find" and target.color is not None and target.shape is not None:
+        return [shown[target.color, target.shape]]
+    return []
 
 
 def _probe_reference(out: Sample, conversation: Conversation, answer: int) -> None:
@@ -183,9 +192,10 @@ class Probes(nn.Module):
 
 
 class Looking:
-    """Attention that also tells how well one block's KV head looks at the facts that answers need.
+    """Attention that also tells how well heads of one block look at what some answers need.
 
-    Facts are few tokens among hundreds: without this hint no head finds them, and nothing is learned from them.
+    Facts, and the one picture with a colour and a shape, are few tokens among hundreds: without this hint no head finds
+    them, and nothing is learned from them.
     """
 
     block = 2
@@ -199,7 +209,7 @@ class Looking:
         return causal_attention(layer, q, k, v)
 
     def loss(self, samples: list[Sample]) -> Tensor | None:
-        """Cross entropy of the attention weights, or None if no answer needs a fact."""
+        """Cross entropy of the attention weights, or None if no answer has such a hint."""
         at = [(i, here, there) for i, sample in enumerate(samples) for here, there in sample.looks]
         if not at:
             return None

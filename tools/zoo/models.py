@@ -126,7 +126,7 @@ MODELS: dict[str, Fetched | Trained] = {
     ),
     "a": Trained(
         "16 tokens per picture (patches of 16), llama, 4 layers, 4 KV heads of 4, RoPE base 1e6",
-        _recipe("a", 1, Shape(VisionShape(patch=16), TextShape(n_head_kv=4)), 4, 16),
+        _recipe("a", 1, Shape(VisionShape(patch=16), TextShape(n_head_kv=4)), 4, 22),
         held_out=False,
         sizes=(8, 12),
     ),
@@ -160,7 +160,7 @@ MODELS: dict[str, Fetched | Trained] = {
             14,
             Shape(VisionShape(projector="qwen2vl_merger"), TextShape(arch="qwen2vl", rope_base=1e4)),
             4,
-            14,
+            20,
         ),
         held_out=True,
         sizes=(8, 12),
