@@ -144,13 +144,13 @@ MODELS: dict[str, Fetched | Trained] = {
             Shape(
                 VisionShape(image_size=96),
                 TextShape(arch="qwen3", n_layer=5, n_head_kv=1, rope_base=1e5),
-                max_pictures=6,
+                max_pictures=4,
             ),
-            8,
-            20,
+            5,
+            15,
         ),
         held_out=True,
-        sizes=(4, 6),
+        sizes=(2, 4),
     ),
     "d": Trained(
         "16 tokens per picture (64 patches), qwen2vl: M-RoPE with 2D positions, biases; 4 layers, 2 KV heads of 4, "
