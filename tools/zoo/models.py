@@ -132,7 +132,7 @@ MODELS: dict[str, Fetched | Trained] = {
     ),
     "b": Trained(
         "64 tokens per picture, llama, 4 layers, 2 KV heads of 4, RoPE base 1e6: the recipe of the embedded model",
-        _recipe("b", 12, Shape(), 7, 32, 20_000),
+        _recipe("b", 12, Shape(), 5, 32),
         held_out=False,
         sizes=(8, 12),
     ),
@@ -146,7 +146,7 @@ MODELS: dict[str, Fetched | Trained] = {
                 TextShape(arch="qwen3", n_layer=5, n_head_kv=1, rope_base=1e5),
                 max_pictures=4,
             ),
-            5,
+            8,
             15,
         ),
         held_out=True,
