@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
 from edge_csp.demo.albums import DEMO_PICTURES, DEMO_POOL, DEMO_POOL_SEED, make_album
 from edge_csp.demo.scenes import held_out_scenes
 
-from . import MMPROJ_FILE, TEXT_FILE
+from . import MMPROJ_FILE, NAME, TEXT_FILE
 from .check import check, show
-from .export import export
-from .scenes import make_scenes
-from .train import Trained, train_language
-from .vision import VisionEncoder, encode, pretrain
+from .pipeline import train
+from .shape import Recipe
 
-N_SCENES = 32_000
-N_TEST_SCENES = 1_000
+RECIPE = Recipe(NAME)
 NOTE = (
     "Pictures drawn by tools/train_demo with handwritten digits the model was not trained on; every kind of question, "
     "drawn by the seed alone and not by what the model answers."
@@ -53,53 +49,23 @@ def write_album(seed: int, out: Path) -> None:
     (folder / "album.json").write_text(text + "\n", encoding="utf-8")
 
 
-def train_vision(seed: int, minutes: float, pictures: np.ndarray, labels: np.ndarray, work: Path) -> VisionEncoder:
-    """Train the encoder, or take the one a broken-off run left in the work folder."""
-    path = work / "vision.pt"
-    if path.exists():
-        print(f"vision: using {path}", flush=True)
-        encoder = VisionEncoder()
-        encoder.load_state_dict(torch.load(path))
-        return encoder
-    encoder = pretrain(pictures, labels, make_scenes(N_TEST_SCENES, seed, held_out=True), minutes)
-    torch.save(encoder.state_dict(), path)
-    return encoder
-
-
-def train(seed: int, vision_minutes: float, language_minutes: float, work: Path, out: Path) -> None:
-    """Both stages; the language stage exports to the work folder every few minutes, the result goes to ``out``."""
-    torch.manual_seed(seed)
-    work.mkdir(parents=True, exist_ok=True)
-    pictures, labels = make_scenes(N_SCENES, seed, held_out=False)
-    encoder = train_vision(seed, vision_minutes, pictures, labels, work)
-    features = encode(encoder, pictures)
-    del pictures
-
-    def save(trained: Trained) -> None:
-        export(trained.model, encoder, trained.projector, work)
-
-    torch.manual_seed(seed)
-    train_language(features, labels, seed, language_minutes, save)
-    out.mkdir(parents=True, exist_ok=True)
-    for name in (TEXT_FILE, MMPROJ_FILE):
-        os.replace(work / name, out / name)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.train_demo", description=__doc__)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=RECIPE.seed)
     parser.add_argument("--out", type=Path, default=Path("edge_csp/demo"))
     parser.add_argument(
         "--work", type=Path, default=Path("build/train_demo"), help="checkpoints (default: %(default)s)"
     )
-    parser.add_argument("--vision-minutes", type=float, default=20)
-    parser.add_argument("--language-minutes", type=float, default=45)
+    parser.add_argument("--vision-minutes", type=float, default=RECIPE.vision_minutes)
+    parser.add_argument("--language-minutes", type=float, default=RECIPE.language_minutes)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--album-only", action="store_true", help="only draw the album again")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if not args.album_only:
-        train(args.seed, args.vision_minutes, args.language_minutes, args.work, args.out)
+        minutes = {"vision_minutes": args.vision_minutes, "language_minutes": args.language_minutes}
+        recipe = replace(RECIPE, seed=args.seed, **minutes)
+        train(recipe, args.out / TEXT_FILE, args.out / MMPROJ_FILE, args.work)
     write_album(args.seed, args.out)
     if args.album_only:
         return 0

@@ -158,7 +158,7 @@ def check(
     n_torch: int = 0,
     seed: int = CHECK_SEED,
 ) -> dict[str, Any]:
-    """Accuracy per album size; of the first ``n_torch`` albums also agreement with torch, and pruned caches there."""
+    """Accuracy per album size; of the first ``n_torch`` albums also agreement with torch."""
     pool, labels = held_out_scenes(1500, seed)
     llama = LlamaCpp(text, mmproj)
     reference = None
@@ -173,7 +173,6 @@ def check(
         wrong: list[str] = []
         agree: list[bool] = []
         difference: list[float] = []
-        pruned = dict.fromkeys((0.4, 0.2, 0.1), 0)
         for index in range(n_albums):
             album = make_album(seed + index, labels, size, 2, style=True)
             pictures = pool[album.pictures]
@@ -189,9 +188,6 @@ def check(
                     own, wanted = reference.answer_logits(album, embedded, question, answer)
                     agree.append((own.argmax(-1).tolist() == wanted) == (reply == answer))
                     difference.append(float(np.abs(own[0].numpy() - logits).max() / np.abs(logits).max()))
-                    for keep in pruned:
-                        cut, _ = reference.answer_logits(album, embedded, question, answer, keep=keep)
-                        pruned[keep] += cut.argmax(-1).tolist() == wanted
             chat += sum(
                 reply == answer
                 for (_, _, answer), reply in zip(album.questions, _ask_chat(llama, album, pictures), strict=True)
@@ -208,7 +204,6 @@ def check(
                 "torch_questions": len(agree),
                 "torch_same_verdict": sum(agree) / len(agree),
                 "torch_largest_logit_difference": max(difference),
-                "torch_pruned": {f"{keep:.0%}": count / len(agree) for keep, count in pruned.items()},
             }
     llama.close()
     return report
@@ -221,11 +216,10 @@ def show(report: dict[str, Any]) -> None:
             f"exact {part['alone']:.1%} alone, {part['chat']:.1%} in one chat"
         )
         print("   " + ", ".join(f"{kind} {share:.0%}" for kind, share in part["by_kind"].items()))
-        if "torch_pruned" in part:
-            kept = ", ".join(f"{share:.1%} with {keep} of the cells" for keep, share in part["torch_pruned"].items())
+        if "torch_questions" in part:
             print(
                 f"   torch, {part['torch_questions']} questions: same verdict {part['torch_same_verdict']:.1%}, "
-                f"largest logit difference {part['torch_largest_logit_difference']:.1e}; {kept}"
+                f"largest logit difference {part['torch_largest_logit_difference']:.1e}"
             )
 
 
@@ -237,9 +231,7 @@ def main() -> int:
     parser.add_argument(
         "--albums", type=int, default=12, help="albums per size, 22 questions each (default: %(default)s)"
     )
-    parser.add_argument(
-        "--torch", type=int, default=0, metavar="N", help="compare N albums with torch, pruned caches too"
-    )
+    parser.add_argument("--torch", type=int, default=0, metavar="N", help="compare N albums with torch")
     parser.add_argument("--seed", type=int, default=CHECK_SEED, help="draws other albums (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the report to this file")
     args = parser.parse_args()

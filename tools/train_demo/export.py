@@ -1,4 +1,4 @@
-"""Write the two GGUF files: text (``llama`` architecture) and vision (``clip`` architecture, projector ``mlp``)."""
+"""Write the two GGUF files: text (the shape's architecture) and vision (``clip``, the shape's projector)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from edge_csp.demo.scenes import IMAGE_SIZE
-
-from . import MMPROJ_FILE, NAME, TEXT_FILE, language, vision
 from .albums import tokenizer
 from .chat import BOS, END, PAD, TEMPLATE
+from .language import LanguageModel
+from .vision import Projector, VisionEncoder
 
 
 def _add(writer: gguf.GGUFWriter, name: str, tensor: Tensor) -> None:
@@ -28,34 +28,39 @@ def _finish(writer: gguf.GGUFWriter) -> None:
     writer.close()
 
 
-def _describe(writer: gguf.GGUFWriter) -> None:
+def _describe(writer: gguf.GGUFWriter, name: str) -> None:
     """What both files have in common, so that a frontend can tell that they belong together."""
-    writer.add_name(NAME)
-    writer.add_basename(NAME)
-    writer.add_description("A tiny vision-language model for demonstrations and tests; see MODEL_CARD.md")
+    writer.add_name(name)
+    writer.add_basename(name)
+    writer.add_description("A tiny vision-language model for demonstrations and tests, trained by edge-csp")
     writer.add_license("mit")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
 
 
-def export_text(model: nn.Module, path: Path) -> None:
-    writer = gguf.GGUFWriter(path, "llama")
-    _describe(writer)
-    writer.add_context_length(language.CONTEXT)
-    writer.add_embedding_length(language.N_EMBD)
-    writer.add_block_count(language.N_LAYER)
-    writer.add_feed_forward_length(language.N_FF)
-    writer.add_head_count(language.N_HEAD)
-    writer.add_head_count_kv(language.N_HEAD_KV)
-    writer.add_key_length(language.HEAD_DIM)
-    writer.add_value_length(language.HEAD_DIM)
-    writer.add_layer_norm_rms_eps(language.RMS_EPS)
-    writer.add_rope_dimension_count(language.HEAD_DIM)
-    writer.add_rope_freq_base(language.ROPE_BASE)
+def export_text(model: LanguageModel, frame: tuple[tuple[str, str], ...], path: Path, name: str) -> None:
+    """Write the language model. frame: tokens around every picture, as in Shape.picture_frame."""
+    shape = model.shape
+    writer = gguf.GGUFWriter(path, shape.arch)
+    _describe(writer, name)
+    writer.add_context_length(shape.context)
+    writer.add_embedding_length(shape.n_embd)
+    writer.add_block_count(shape.n_layer)
+    writer.add_feed_forward_length(shape.n_ff)
+    writer.add_head_count(shape.n_head)
+    writer.add_head_count_kv(shape.n_head_kv)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_layer_norm_rms_eps(shape.rms_eps)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_rope_freq_base(shape.rope_base)
+    if shape.mrope:
+        writer.add_rope_dimension_sections([*shape.rope_sections, 0])
     tok = tokenizer()
     writer.add_vocab_size(len(tok))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("llama-bpe")  # whole pieces are looked up before any merge
-    writer.add_token_list(tok.tokens)
+    framed = {unused: token for token, unused in frame}
+    writer.add_token_list([framed.get(token, token) for token in tok.tokens])
     kinds = [gguf.TokenType.CONTROL if tok.is_control(i) else gguf.TokenType.NORMAL for i in range(len(tok))]
     writer.add_token_types(kinds)
     writer.add_token_merges(["1 0"])  # the key has to exist; no two pieces are ever merged
@@ -65,40 +70,35 @@ def export_text(model: nn.Module, path: Path) -> None:
     writer.add_pad_token_id(tok.id[PAD])
     writer.add_add_bos_token(False)  # the template writes it
     writer.add_chat_template(TEMPLATE)
-    for name, tensor in model.state_dict().items():
-        _add(writer, name, tensor)
+    for key, tensor in model.state_dict().items():
+        _add(writer, key, tensor)
     _finish(writer)
 
 
-def export_mmproj(encoder: nn.Module, projector: nn.Module, path: Path) -> None:
+def export_mmproj(encoder: VisionEncoder, projector: Projector, path: Path, name: str) -> None:
+    shape = encoder.shape
     writer = gguf.GGUFWriter(path, "clip")
-    _describe(writer)
+    _describe(writer, name)
     writer.add_clip_has_vision_encoder(True)
-    writer.add_clip_projector_type("mlp")
+    writer.add_clip_projector_type(shape.projector)
     writer.add_vision_use_gelu(True)
-    writer.add_vision_image_size(IMAGE_SIZE)
-    writer.add_vision_patch_size(vision.PATCH)
-    writer.add_vision_embedding_length(vision.N_EMBD)
-    writer.add_vision_feed_forward_length(vision.N_FF)
-    writer.add_vision_block_count(vision.N_LAYER)
-    writer.add_vision_head_count(vision.N_HEAD)
-    writer.add_vision_projection_dim(language.N_EMBD)
-    writer.add_vision_attention_layernorm_eps(vision.EPS)
+    writer.add_vision_image_size(shape.image_size)
+    writer.add_vision_patch_size(shape.patch)
+    writer.add_vision_embedding_length(shape.n_embd)
+    writer.add_vision_feed_forward_length(shape.n_ff)
+    writer.add_vision_block_count(shape.n_layer)
+    writer.add_vision_head_count(shape.n_head)
+    writer.add_vision_projection_dim(projector.mm_2.out_features)
+    writer.add_vision_attention_layernorm_eps(shape.eps)
     writer.add_vision_image_mean([0.5, 0.5, 0.5])
     writer.add_vision_image_std([0.5, 0.5, 0.5])
-    writer.add_array("clip.vision.feature_layer", [vision.N_LAYER])  # else llama.cpp skips the last block
-    for name, tensor in encoder.state_dict().items():
-        name = name if name.endswith((".weight", ".bias")) else f"{name}.weight"
-        _add(writer, f"v.{name}", tensor)
-    for name, tensor in projector.state_dict().items():
-        _add(writer, name.replace("mm_", "mm."), tensor)
+    if shape.projector == "mlp":
+        writer.add_array("clip.vision.feature_layer", [shape.n_layer])  # else llama.cpp skips the last block
+    for key, tensor in encoder.state_dict().items():
+        key = key if key.endswith((".weight", ".bias")) else f"{key}.weight"
+        _add(writer, f"v.{key}", tensor)
+    if shape.projector == "qwen2vl_merger":  # of a second frame; a still picture counts as both
+        _add(writer, "v.patch_embd.weight.1", torch.zeros_like(encoder.patch_embd.weight))
+    for key, tensor in projector.state_dict().items():
+        _add(writer, key.replace("mm_", "mm."), tensor)
     _finish(writer)
-
-
-def export(model: nn.Module, encoder: nn.Module, projector: nn.Module, out: Path) -> tuple[Path, Path]:
-    """Write both files into the folder ``out`` and return their paths."""
-    out.mkdir(parents=True, exist_ok=True)
-    text, mmproj = out / TEXT_FILE, out / MMPROJ_FILE
-    export_text(model, text)
-    export_mmproj(encoder, projector, mmproj)
-    return text, mmproj

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,40 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 def cpu_seconds() -> float:
     """Time that each thread of this process has computed: schedules follow it, a busy machine only takes longer."""
     return time.process_time() / torch.get_num_threads()
+
+
+class Progress:
+    """How far a stage has come, over all the processes that it took."""
+
+    save_every = 180.0  # seconds
+
+    def __init__(self) -> None:
+        self.step, self.used = 0, 0.0
+        self._start = self._saved = self._seconds = 0.0
+
+    def begin(self, minutes: float) -> None:
+        """Go on in this process, to the given total."""
+        self._seconds = 60 * minutes
+        self._start, self._saved = cpu_seconds() - self.used, self.used
+
+    def share(self) -> float:
+        """0 at the start, 1 when the time is used up."""
+        self.used = cpu_seconds() - self._start
+        return self.used / self._seconds
+
+    def advance(self) -> bool:
+        """Count a step; True if it is time for a checkpoint."""
+        self.step += 1
+        due = self.used - self._saved > self.save_every
+        if due:
+            self._saved = self.used
+        return due
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "used": self.used}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.used = state["step"], state["used"]
 
 
 def orthogonalize(grad: Tensor, steps: int = 5) -> Tensor:
@@ -62,6 +97,13 @@ class MuonAdamW:
                 group["lr"] = lr * scale
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [optimizer.state_dict() for optimizer, _ in self._parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for (optimizer, _), part in zip(self._parts, state["parts"], strict=True):
+            optimizer.load_state_dict(part)
 
 
 def schedule(progress: float, warmup: float = 0.02, decay: float = 0.4) -> float:

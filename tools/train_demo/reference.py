@@ -1,34 +1,38 @@
-"""The exported model in torch: logits to compare llama.cpp with, and a look at what a pruned cache would answer."""
+"""The exported model in torch: logits to compare llama.cpp with."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from edge_csp.demo.albums import Album
 
 from .albums import tokenizer
 from .chat import segments
-from .language import N_EMBD as N_EMBD_TEXT
-from .language import N_HEAD, N_HEAD_KV, LanguageModel, causal_attention
-from .vision import Projector, VisionEncoder, to_pixels
+from .language import LanguageModel
+from .shape import Shape, TextShape, VisionShape
+from .vision import Projector, VisionEncoder, resize, to_pixels
 
 
 class Reference:
     """Both GGUF files read back into torch, float32 arithmetic on the float16 weights."""
 
     def __init__(self, text: Path, mmproj: Path) -> None:
-        self.model = LanguageModel(len(tokenizer()))
-        self.encoder, self.projector = VisionEncoder(), Projector(N_EMBD_TEXT)
+        self.shape = read_shape(text, mmproj)
+        self.model = LanguageModel(self.shape.text, len(tokenizer()))
+        self.encoder = VisionEncoder(self.shape.vision)
+        self.projector = Projector(self.shape)
         self.model.load_state_dict(_tensors(text))
         vision = _tensors(mmproj)
         encoder = {k.removeprefix("v."): v for k, v in vision.items() if k.startswith("v.")}
-        encoder["position_embd"] = encoder.pop("position_embd.weight")
+        encoder.pop("patch_embd.weight.1", None)  # of a second frame
+        if "position_embd.weight" in encoder:
+            encoder["position_embd"] = encoder.pop("position_embd.weight")
         self.encoder.load_state_dict(encoder)
         self.projector.load_state_dict({k.replace("mm.", "mm_"): v for k, v in vision.items() if k.startswith("mm.")})
         for module in (self.model, self.encoder, self.projector):
@@ -36,59 +40,84 @@ class Reference:
 
     @torch.no_grad()
     def embed_pictures(self, pictures: np.ndarray) -> Tensor:
-        """(n, 64, 64, 3) uint8 to embeddings (n, 64, 128)."""
-        return self.projector(self.encoder(to_pixels(pictures)))
+        """(n, height, width, 3) uint8 to embeddings (n, n_tokens, n_embd)."""
+        return self.projector(self.encoder(to_pixels(resize(pictures, self.shape.vision.image_size))))
 
     @torch.no_grad()
-    def answer_logits(
-        self, album: Album, embedded: Tensor, question: str, answer: str, keep: float = 1.0, n_window: int = 16
-    ) -> tuple[Tensor, list[int]]:
-        """Logits (n, n_vocab) that predict the n tokens of the right answer and the end, and those tokens.
-
-        With ``keep`` < 1 the cue and all that follows see, per layer and KV head, only that share of the cells before
-        the window: those to which the window's ``n_window`` queries, the cue included, attended most (average pooled
-        over 5 cells, as in SnapKV).
-        """
+    def answer_logits(self, album: Album, embedded: Tensor, question: str, answer: str) -> tuple[Tensor, list[int]]:
+        """Logits (n, n_vocab) that predict the n tokens of the right answer and the end, and those tokens."""
         tok = tokenizer()
         messages = [*album.messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         rows: list[Tensor] = []
+        pos: list[tuple[int, int, int]] = []
         wanted: list[int] = []
-        picture = 0
+        picture = position = 0
+
+        def add_text(ids: list[int]) -> None:
+            nonlocal position
+            if ids:
+                rows.append(self.model.token_embd(torch.tensor(ids)))
+                pos.extend((position + i,) * 3 for i in range(len(ids)))
+                position += len(ids)
+
         for segment in segments(messages):
             if segment.kind == "image":
+                frame = [tok.id[unused] for _, unused in self.shape.picture_frame]
+                add_text(frame[:1])
                 rows.append(embedded[picture])
-                picture += 1
+                pos += self.shape.picture_positions(position)
+                picture, position = picture + 1, position + self.shape.positions_per_picture
+                add_text(frame[1:])
                 continue
             ids = [tok.id[segment.text]] if segment.kind == "control" else list(tok.encode(segment.text))
-            rows.append(self.model.token_embd(torch.tensor(ids)))
+            add_text(ids)
             wanted += ids if segment.kind == "answer" or (wanted and segment.kind == "control") else []
         x = torch.cat(rows)[None, :-1]  # the last token, the end, is only predicted
-        cue = x.shape[1] - len(wanted)
-        attention = causal_attention if keep >= 1.0 else pruned_attention(cue, keep, n_window)
-        _, hidden = self.model(x, torch.arange(x.shape[1])[None], attention)
-        return self.model.logits(hidden[0, cue:]), wanted
+        _, hidden = self.model(x, torch.tensor(pos)[None, :-1])
+        return self.model.logits(hidden[0, x.shape[1] - len(wanted) :]), wanted
 
 
-def pruned_attention(cue: int, keep: float, n_window: int):  # type: ignore[no-untyped-def]
-    """Attention in which position ``cue`` and later ones see the window and the best cells before it."""
+def read_shape(text: Path, mmproj: Path) -> Shape:
+    """The shape of an exported model, from the metadata of its files."""
+    fields = gguf.GGUFReader(text).fields
+    arch = fields["general.architecture"].contents()
 
-    def attention(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        t = q.shape[2]
-        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(
-            torch.ones(t, t, dtype=torch.bool).triu(1), -torch.inf
-        )
-        first = cue + 1 - n_window  # the window is [first, cue]
-        votes = weights[0, :, first : cue + 1].softmax(-1)[:, :, :first].sum(1)
-        votes = F.avg_pool1d(votes.view(N_HEAD_KV, N_HEAD // N_HEAD_KV, -1).sum(1)[:, None], 5, 1, 2)[:, 0]
-        kept = votes.topk(max(1, round(keep * first)), dim=-1).indices
-        gone = torch.ones(N_HEAD_KV, t, dtype=torch.bool).scatter_(1, kept, False)
-        gone[:, first:] = False
-        weights[0, :, cue:] = weights[0, :, cue:].masked_fill(
-            gone.repeat_interleave(N_HEAD // N_HEAD_KV, 0)[:, None], -torch.inf
-        )
-        return weights.softmax(-1) @ v
+    def of_text(key: str) -> Any:
+        return fields[f"{arch}.{key}"].contents()
 
-    return attention
+    vision_fields = gguf.GGUFReader(mmproj).fields
+
+    def of_vision(key: str) -> Any:
+        return vision_fields[f"clip.vision.{key}"].contents()
+
+    vision = VisionShape(
+        projector=vision_fields["clip.projector_type"].contents(),
+        image_size=of_vision("image_size"),
+        patch=of_vision("patch_size"),
+        n_embd=of_vision("embedding_length"),
+        n_layer=of_vision("block_count"),
+        n_head=of_vision("attention.head_count"),
+        n_ff=of_vision("feed_forward_length"),
+        eps=_exact(of_vision("attention.layer_norm_epsilon")),
+    )
+    language = TextShape(
+        arch=arch,
+        n_embd=of_text("embedding_length"),
+        n_layer=of_text("block_count"),
+        n_head=of_text("attention.head_count"),
+        n_head_kv=of_text("attention.head_count_kv"),
+        head_dim=of_text("attention.key_length"),
+        n_ff=of_text("feed_forward_length"),
+        rope_base=_exact(of_text("rope.freq_base")),
+        rms_eps=_exact(of_text("attention.layer_norm_rms_epsilon")),
+        context=of_text("context_length"),
+    )
+    return Shape(vision, language)
+
+
+def _exact(value: float) -> float:
+    """The number that was meant, of one that the file holds as float32."""
+    return float(f"{value:.6g}")
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
