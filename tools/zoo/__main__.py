@@ -4,6 +4,7 @@ python -m tools.zoo                    # what there is
 python -m tools.zoo fetch [NAME ...]   # weights of others, verified
 python -m tools.zoo train NAME ...     # our own: hours of one core, a run that was broken off goes on
 python -m tools.zoo check NAME ...     # exact answers of our own with the full cache, through llama.cpp
+python -m tools.zoo albums             # pictures and questions for smol-eyes
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from .albums import draw_albums
 from .fetch import ZooError, fetch
 from .models import MODELS, Fetched, Trained
 
@@ -94,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("names", nargs="+", choices=MODELS, metavar="NAME")
     command.add_argument("--albums", type=int, default=12, help="per size, 22 questions each (default: %(default)s)")
     command.add_argument("--torch", type=int, default=0, metavar="N", help="compare N albums with torch")
+    command = commands.add_parser("albums", help="draw pictures and questions for smol-eyes")
+    command.add_argument("--albums", type=int, default=50, help="4 questions each (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
         if args.command == "fetch":
@@ -102,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             train_all(args.names, args.out, args.vision_minutes, args.language_minutes)
         elif args.command == "check":
             check_all(args.names, args.out, args.albums, args.torch)
+        elif args.command == "albums":
+            draw_albums(args.albums, args.out / "albums")
         else:
             show_table(args.out)
     except ZooError as error:
