@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -64,6 +63,7 @@ class PrunedCache(Cache):
         super().__init__(model, n_ctx, setting, n_ubatch=n_ubatch)
         self._context.clock = self._clock
         self._pruner = Pruner(self._context, Pruning(cells=cells), self._layout)
+        self._pruners: dict[str, Pruner] = {}  # of policies: they find out once what they want to know of the model
         self.n_batch = self._pruner.n_batch(n_ctx + 1 if cells else 0)
 
     def _open(self, model: Model, n_ctx: int, setting: Setting, n_ubatch: int) -> Any:
@@ -88,7 +88,8 @@ class PrunedCache(Cache):
         """Forget everything."""
         super().clear()
         self._spans = conversation(0)
-        self._pruner.forget()
+        for pruner in (self._pruner, *self._pruners.values()):
+            pruner.forget()
 
     def _set_state(self, state: Any, n_cell: int) -> None:
         super()._set_state(state, n_cell)
@@ -111,7 +112,10 @@ class PrunedCache(Cache):
         """Keep n_keep cells, as Pruner does with a policy, see parse_spec(); milliseconds of scores, select and keep.
         What policies want to be noted while a conversation is read is what the window tells.
         """
-        pruner = self._pruner.replaced(_pruning(policy))
+        if policy not in self._pruners:
+            self._pruners[policy] = self._pruner.replaced(parse_spec(policy).pruning())
+            self._pruners[policy].select(n_keep)
+        pruner = self._pruners[policy]
         pruner.note_mass()
         self._context.observe_s = 0.0
         begin = self._clock()
@@ -129,8 +133,3 @@ class PrunedCache(Cache):
         """Free the context. A second call does nothing."""
         self._context.close()
         self.ctx = None
-
-
-@lru_cache
-def _pruning(policy: str) -> Pruning:
-    return parse_spec(policy).pruning()
