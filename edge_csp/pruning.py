@@ -104,7 +104,7 @@ class Pruner:
         self.pruning = pruning
         self._layout = layout
         self._rehearse = rehearse
-        self._fitted: Policy | None = None  # the policy, once it has seen pictures
+        self._fitted: Policy | None = None  # the policy, once it has found something out
         self._seen: tuple[int, FloatArray] | None = None  # position and scores before a rehearsal took the window
         self._noted: dict[str, FloatArray] = {}  # attention that was seen and is over, f32 [n_layer, n_head_kv, n_cell]
         if pruning.cells is not None and not self.is_bounded:
@@ -282,7 +282,9 @@ class Pruner:
         self._note_rehearsal()
         groups, layout = self.context.layer_groups(), self._layout()
         if self._fitted is None and any(span.is_picture for span in layout.spans):
-            self._fitted = self.pruning.policy.fit(self._observe(layers, layout) for layers in groups)
+            fitted = self.pruning.policy.fit(self._observe(layers, layout) for layers in groups)
+            if fitted != self.pruning.policy:
+                self._fitted = fitted
         n_keep = self.pruning.policy.n_keep(target, self.context.n_cell)
         cells = np.empty((groups[-1].stop, self.context.n_head_kv, n_keep), np.int32)
         for layers in groups:

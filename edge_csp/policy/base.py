@@ -202,7 +202,8 @@ class Policy(ABC):
 
     def fit(self, layers: Iterable[Observation]) -> Policy:
         """The same policy, with what it has found out about the model in all of its layers, which come group after
-        group. Called before the first selection from a conversation with pictures.
+        group; itself if that is nothing. Called before selections from a conversation with pictures, until it has
+        found something.
         """
         return self
 

@@ -133,7 +133,9 @@ def newest(observation: Observation) -> FloatArray:
 
 
 def _find_out(layers: Iterable[Observation]) -> LongKeys:
-    return "yes" if np.mean([preference for layer in layers for preference in prefers_long_keys(layer)]) >= 0 else "no"
+    """Whether it does; "auto" if no query of the window has looked at a picture from outside."""
+    preference = float(sum(prefers_long_keys(layer).sum() for layer in layers))
+    return "auto" if preference == 0 else "yes" if preference > 0 else "no"
 
 
 def prefers_long_keys(observation: Observation) -> FloatArray:

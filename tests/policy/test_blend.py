@@ -121,6 +121,8 @@ def test_long_keys_rank_if_they_are_looked_at(looked_at: str) -> None:
     expected = (policy if looked_at == "long" else CspPolicy()).select(observation, 4, protected)
     assert np.array_equal(fitted.select(observation, 4, protected), expected)
     assert BlendPolicy(long_keys="no").fit([observation]).long_keys == "no"
+    nothing = conversation(picture(40), Span(40), key_norm=norms, scores=np.zeros_like(scores))
+    assert BlendPolicy().fit([nothing]) == BlendPolicy()
 
 
 def test_what_was_rehearsed_stays() -> None:
