@@ -20,7 +20,7 @@ def cpu_seconds() -> float:
 class Progress:
     """How far a stage has come, over all the processes that it took."""
 
-    save_every = 180.0  # seconds
+    save_every = 60.0  # seconds
 
     def __init__(self) -> None:
         self.step, self.used = 0, 0.0

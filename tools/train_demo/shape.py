@@ -147,6 +147,6 @@ class Recipe:
     name: str
     shape: Shape = field(default_factory=Shape)
     seed: int = 1
-    n_scenes: int = 32_000
-    vision_minutes: float = 20
-    language_minutes: float = 70
+    n_scenes: int = 20_000
+    vision_minutes: float = 8
+    language_minutes: float = 40

@@ -132,7 +132,7 @@ MODELS: dict[str, Fetched | Trained] = {
     ),
     "b": Trained(
         "64 tokens per picture, llama, 4 layers, 2 KV heads of 4, RoPE base 1e6: the recipe of the embedded model",
-        _recipe("b", 12, Shape(), 5, 32),
+        _recipe("b", 12, Shape(), 8, 40, 20_000),
         held_out=False,
         sizes=(8, 12),
     ),
@@ -147,7 +147,7 @@ MODELS: dict[str, Fetched | Trained] = {
                 max_pictures=4,
             ),
             8,
-            15,
+            14,
         ),
         held_out=True,
         sizes=(2, 4),
