@@ -43,7 +43,7 @@ class BlendPolicy(Policy):
     self_share: int = 2
     cross_share: int = 1
     picture_share: int = 2
-    newest_share: int = 2
+    newest_share: int = 3
     long_keys: LongKeys = "auto"
 
     def __post_init__(self) -> None:
