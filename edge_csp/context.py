@@ -141,8 +141,9 @@ class Context:
 
         return llama_cpp.llama_get_memory(self.handle)
 
-    def decode_tokens(self, tokens: Sequence[int]) -> None:
-        """Evaluate text tokens, at most n_batch; the logits of the last one can be sampled afterwards.
+    def decode_tokens(self, tokens: Sequence[int], *, all_logits: bool = False) -> None:
+        """Evaluate text tokens, at most n_batch; the logits of the last one can be sampled afterwards. all_logits: of
+        every token, for what reads them itself.
 
         Raises ContextError if no cells are free; nothing has been evaluated then.
         """
@@ -157,7 +158,7 @@ class Context:
         batch.pos = (ctypes.c_int32 * n)(*range(self.n_past, self.n_past + n))
         batch.n_seq_id = (ctypes.c_int32 * n)(*[1] * n)
         batch.seq_id = (ctypes.POINTER(ctypes.c_int32) * n)(*[seq_id] * n)
-        batch.logits = (ctypes.c_int8 * n)(*[0] * (n - 1), 1)
+        batch.logits = (ctypes.c_int8 * n)(*[int(all_logits)] * (n - 1), 1)
         self._check(llama_cpp.llama_decode(self.handle, batch))
         self.n_past += n
 

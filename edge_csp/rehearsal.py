@@ -73,15 +73,19 @@ class Rehearsal:
         """
         cues = cues or cues_of(self.model.info.path)
         new, n_before = items[self.n_done :], n_pictures(items[: self.n_done])
-        self.n_done = len(items)
         logits, notes = context.logits(), {name: _no_mass(context) for name in REHEARSED}
-        tokens = [item.key for item in new if isinstance(item.key, int)]
-        self._repeat(context, tokens, softmax_n, n_free, notes["repeated"])
-        for number in range(n_before + 1, n_before + n_pictures(new) + 1):
-            for cue in cues:
-                asked = self.cue_tokens(cue, number)
-                if len(asked) + n_predict <= n_free:
-                    self._describe(context, asked, n_predict, softmax_n, notes["described"])
+        tokens, n_past = [item.key for item in new if isinstance(item.key, int)], context.n_past
+        try:
+            self._repeat(context, tokens, softmax_n, n_free, notes["repeated"])
+            for number in range(n_before + 1, n_before + n_pictures(new) + 1):
+                for cue in cues:
+                    asked = self.cue_tokens(cue, number)
+                    if len(asked) + n_predict <= n_free:
+                        self._describe(context, asked, n_predict, softmax_n, notes["described"])
+        except BaseException:  # interrupted: the conversation goes on as if there had been none
+            context.truncate(n_past)
+            raise
+        self.n_done = len(items)
         if logits is not None:
             context.set_logits(logits)
         return notes

@@ -25,7 +25,7 @@ TASKS = ("albums", "text")
 def quality(
     model: Annotated[
         list[str],
-        typer.Option("-m", "--model", metavar="FILE", help="GGUF file, or demo; may be repeated [default: demo]."),
+        typer.Option("-m", "--model", metavar="FILE", help="GGUF file, or demo; may be repeated; by default demo."),
     ] = [],  # noqa: B006
     mmproj: Annotated[
         list[Path],
@@ -41,8 +41,8 @@ def quality(
         typer.Option(
             "--protocol",
             metavar="NAMES",
-            help="When cells are evicted and what is asked then [default: window,first,before,later,bounded; "
-            "text: continue,window,before,later,bounded].",
+            help="When cells are evicted and what is asked then; by default window,first,before,later,bounded, "
+            "text: continue,window,before,later,bounded.",
         ),
     ] = None,
     budget: Annotated[
@@ -50,7 +50,7 @@ def quality(
         typer.Option(
             "--budget",
             metavar="SIZES",
-            help="What stays: shares of the prompt (20%) or cells (256) [default: 40%,20%,10%,5%; text: 40%,20%].",
+            help="What stays: shares of the prompt (20%) or cells (256); by default 40%,20%,10%,5%, text: 40%,20%.",
         ),
     ] = None,
     policy: Annotated[
@@ -58,7 +58,7 @@ def quality(
         typer.Option(
             "--policy",
             metavar="SPEC",
-            help="NAME or NAME:SETTING=VALUE,…; may be repeated [default: all, see docs/bench.md].",
+            help="NAME or NAME:SETTING=VALUE,…; may be repeated; by default all, see docs/bench.md.",
         ),
     ] = [],  # noqa: B006
     against: Annotated[
@@ -75,13 +75,13 @@ def quality(
             "--albums",
             metavar="N",
             min=1,
-            help="Albums of each size, or of the folder at most [default: 12; text: 4 of each topic and length].",
+            help="Albums of each size, or of the folder at most; by default 12, text: 4 of each topic and length.",
         ),
     ] = None,
     questions: Annotated[
         int | None,
         typer.Option(
-            "--questions", metavar="N", min=1, help="Questions about an album, at most [default: 24; text: 8]."
+            "--questions", metavar="N", min=1, help="Questions about an album, at most; by default 24, text: 8."
         ),
     ] = None,
     folder: Annotated[

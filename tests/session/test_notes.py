@@ -143,6 +143,27 @@ def test_described_is_the_attention_of_a_cue(model: VisionModel, context: Contex
     assert np.abs(noted - expected).max() <= 1e-4 * expected.max()
 
 
+def test_an_interrupted_rehearsal_leaves_no_cells(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = chat(context, "blend+")
+    read(session, 1, 2)
+    before = context.n_cell, context.n_past
+    mass, calls = context.mass, []
+
+    def interrupted(*arguments: Any) -> np.ndarray:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return mass(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(context, "mass", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.select(60)
+    assert (context.n_cell, context.n_past) == before
+    session.select(60)
+    assert session._pruner._noted["described"].any()
+
+
 def test_cues_come_with_the_model(tmp_path: Path) -> None:
     model = tmp_path / "model.gguf"
     assert cues_of(model) == CUES

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,20 +107,8 @@ def _logits(context: Context, tokens: tuple[int, ...]) -> Predictions:
     """Evaluate text as Context.decode_tokens() does, with the logits after every token, f32 [n_token, n_vocab]."""
     import llama_cpp
 
-    n = len(tokens)
-    seq_id = ctypes.pointer(ctypes.c_int32(context.seq_id))
-    batch: Any = llama_cpp.llama_batch()
-    batch.n_tokens = n
-    batch.token = (ctypes.c_int32 * n)(*tokens)
-    batch.pos = (ctypes.c_int32 * n)(*range(context.n_past, context.n_past + n))
-    batch.n_seq_id = (ctypes.c_int32 * n)(*[1] * n)
-    batch.seq_id = (ctypes.POINTER(ctypes.c_int32) * n)(*[seq_id] * n)
-    batch.logits = (ctypes.c_int8 * n)(*[1] * n)
-    native.clear_log_errors()
-    if status := llama_cpp.llama_decode(context.handle, batch):
-        raise NativeError(f"llama.cpp failed to evaluate: {native.last_log_error()}", status=status)
-    context.n_past += n
-    found = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context.handle), (n, context.model.n_vocab))
+    context.decode_tokens(tokens, all_logits=True)
+    found = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context.handle), (len(tokens), context.model.n_vocab))
     return found.copy()
 
 
