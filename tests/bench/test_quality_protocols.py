@@ -243,6 +243,7 @@ def test_reading_again(model: VisionModel, album: Album) -> None:
         assert (one.protocol, one.question, one.answer, one.n_cell) == (
             other.protocol, other.question, other.answer, other.n_cell,
         )  # fmt: skip
+        # f16 rounds otherwise where cells were restored; a large divergence moves in proportion
         assert one.kl == pytest.approx(other.kl, rel=1e-3, abs=1e-3)
         assert one.extra_token == other.extra_token == 0
     assert sum(record.extra_token > 64 for record in again) > len(again) / 2
